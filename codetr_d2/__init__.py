@@ -1,0 +1,17 @@
+"""Co-DETR for detectron2. Importing this package registers its components in detectron2's registries."""
+
+try:
+    import detectron2  # noqa: F401
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    mend = "make setup" if error.name == "torch" else "python tools/install_detectron2.py"
+    raise ModuleNotFoundError(
+        f"codetr_d2 needs {error.name}, which is not installed here. In the project's folder, run: {mend}",
+        name=error.name,
+    ) from error
+
+from . import backbones, heads, meta_arch  # noqa: F401 (registers their classes)
+from .config import add_codetr_config
+
+__all__ = ["__version__", "add_codetr_config"]
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Which prediction, anchor or proposal answers for which ground-truth object."""

@@ -1,0 +1,98 @@
+"""Every option that the project adds to detectron2's config, each with its meaning."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_codetr_config(cfg: CN) -> None:
+    """Add the options of Co-DETR to a detectron2 config, in place.
+
+    Options that detectron2 has already keep their names: ``MODEL.RPN``, ``MODEL.ROI_HEADS``, ``MODEL.ROI_BOX_HEAD`` and
+    ``MODEL.ANCHOR_GENERATOR`` describe the ROI auxiliary head, ``TEST.DETECTIONS_PER_IMAGE`` bounds the detections,
+    ``SOLVER`` the optimisation. ``configs/_base_`` sets them as published.
+    """
+    _C = cfg
+    _C.MODEL.CODETR = CN()
+    _C.MODEL.CODETR.NUM_CLASSES = 80  # the number of object classes, for all heads; background is not counted
+    # Names of the classes, for drawing; training fills them in from the dataset, so that a saved config carries them.
+    _C.MODEL.CODETR.CLASS_NAMES = []
+    _C.MODEL.CODETR.QUERY_HEAD = "CoDeformableDETRHead"  # a name in QUERY_HEAD_REGISTRY
+    _C.MODEL.CODETR.IN_FEATURES = ["res3", "res4", "res5"]  # backbone outputs, from fine to coarse
+    _C.MODEL.CODETR.NUM_FEATURE_LEVELS = 4  # levels of the transformer; those past IN_FEATURES are added by the neck
+    _C.MODEL.CODETR.EMBED_DIM = 256
+    _C.MODEL.CODETR.NUM_QUERIES = 300
+
+    # Auxiliary heads, in order: names in AUX_HEAD_REGISTRY. [] is the plain detector (K = 0); a name may repeat.
+    _C.MODEL.CODETR.AUX_HEADS = ["roi", "atss"]
+    _C.MODEL.CODETR.LAMBDA1 = 1.0  # weight of the decoder losses of the positive queries (eq. 6)
+    _C.MODEL.CODETR.LAMBDA2 = 2.0  # weight of the auxiliary heads' own losses, once for each decoder layer (eq. 6)
+    _C.MODEL.CODETR.POSITIVE_QUERIES = CN()
+    _C.MODEL.CODETR.POSITIVE_QUERIES.MAX_PER_HEAD = 300  # more positives than this in an image: a random choice of them
+    _C.MODEL.CODETR.POSITIVE_QUERIES.MIN_PER_HEAD = 9
+    # An image with fewer positives than the batch's largest is filled up with "negatives" (background candidates that
+    # are trained as background, as in the published code) or by "mask" (empty slots, as the paper says).
+    _C.MODEL.CODETR.POSITIVE_QUERIES.PADDING = "negatives"
+    _C.MODEL.CODETR.EVAL_HEAD = "detr"  # whose detections inference returns: detr, or an auxiliary head: roi, atss
+
+    _C.MODEL.CODETR.ENCODER = CN()
+    _C.MODEL.CODETR.ENCODER.NUM_LAYERS = 6
+    _C.MODEL.CODETR.ENCODER.NUM_HEADS = 8
+    _C.MODEL.CODETR.ENCODER.NUM_POINTS = 4  # sampling points of each head and level
+    _C.MODEL.CODETR.ENCODER.FFN_DIM = 2048
+    _C.MODEL.CODETR.ENCODER.DROPOUT = 0.0
+    _C.MODEL.CODETR.DECODER = CN()
+    _C.MODEL.CODETR.DECODER.NUM_LAYERS = 6
+    _C.MODEL.CODETR.DECODER.NUM_HEADS = 8
+    _C.MODEL.CODETR.DECODER.NUM_POINTS = 4
+    _C.MODEL.CODETR.DECODER.FFN_DIM = 2048
+    _C.MODEL.CODETR.DECODER.DROPOUT = 0.0
+    # Recompute each encoder and decoder layer in the backward pass: less memory, the same gradients.
+    _C.MODEL.CODETR.ACTIVATION_CHECKPOINTING = False
+
+    # Weights of the query head's matching costs and losses.
+    _C.MODEL.CODETR.COST_CLS = 2.0
+    _C.MODEL.CODETR.COST_BOX = 5.0
+    _C.MODEL.CODETR.COST_GIOU = 2.0
+    _C.MODEL.CODETR.LOSS_CLS = 2.0
+    _C.MODEL.CODETR.LOSS_BOX = 5.0
+    _C.MODEL.CODETR.LOSS_GIOU = 2.0
+
+    # The ATSS auxiliary head. Loss weights are those of its own paper; LAMBDA2 comes on top.
+    _C.MODEL.ATSS = CN()
+    _C.MODEL.ATSS.NUM_CONVS = 1  # stacked convolutions before the predictors
+    _C.MODEL.ATSS.ANCHOR_SCALE = 8.0  # side of the square anchor, in strides
+    _C.MODEL.ATSS.TOPK = 9  # candidates of each ground truth and level
+    _C.MODEL.ATSS.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+    _C.MODEL.ATSS.LOSS_CLS = 1.0
+    _C.MODEL.ATSS.LOSS_BOX = 2.0
+    _C.MODEL.ATSS.LOSS_CENTERNESS = 1.0
+    _C.MODEL.ATSS.PRE_NMS_TOPK_TEST = 1000  # of each level
+    _C.MODEL.ATSS.NMS_THRESH_TEST = 0.6
+
+    # Deformable attention: auto, cpp or eager. auto takes the fastest one that works where the tensors are.
+    _C.MODEL.MS_DEFORM_ATTN = "auto"
+
+    # Any timm backbone: MODEL.BACKBONE.NAME "build_timm_backbone".
+    _C.MODEL.TIMM = CN()
+    _C.MODEL.TIMM.NAME = "tf_efficientnet_lite0"
+    _C.MODEL.TIMM.FREEZE_BATCH_NORM = True  # use the running statistics and don't train them, as published for ResNet
+    _C.MODEL.TIMM.PRETRAINED = False  # let timm download its own weights
+
+    # Training, beside detectron2's SOLVER options.
+    # (part of a parameter's name, factor of its learning rate) pairs; the first that fits counts.
+    _C.SOLVER.LR_MULTIPLIERS = []
+    # The schedule in epochs: > 0 sets MAX_ITER and STEPS from the size of the training set. Periods stay in iterations.
+    _C.SOLVER.MAX_EPOCHS = 0
+    _C.SOLVER.STEPS_EPOCHS = ()
+    _C.SOLVER.ACCUMULATE_STEPS = (
+        1  # an optimizer step for every so many micro-batches of IMS_PER_BATCH / ACCUMULATE_STEPS
+    )
+    _C.SOLVER.AMP.DTYPE = "bfloat16"  # bfloat16, or float16 (GPU only, with loss scaling)
+    _C.SOLVER.EMA = CN()
+    _C.SOLVER.EMA.ENABLED = False
+    _C.SOLVER.EMA.DECAY = 0.9999  # of the moving average, reached gradually from 0
+    _C.SOLVER.EMA.WARMUP_ITERS = 2000
+    # Keep model_best.pth by this entry of the evaluation results; "" keeps none.
+    _C.TEST.BEST_CHECKPOINT_METRIC = "bbox/AP"
+
+    # Datasets on disk: (name, image folder, annotation json) triples, registered before training.
+    _C.DATASETS.COCO_JSON = []

@@ -1,0 +1,50 @@
+"""Anchors of the auxiliary heads, on detectron2's anchor generator."""
+
+import math
+
+from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.structures import Boxes
+from torch import Tensor
+
+__all__ = ["RatioMajorAnchorGenerator", "valid_anchors"]
+
+
+@ANCHOR_GENERATOR_REGISTRY.register()
+class RatioMajorAnchorGenerator(DefaultAnchorGenerator):
+    """detectron2's anchors in another order: inside a cell, the aspect ratios come outer and the sizes inner.
+
+    That is the order of the channels in the published weights of Co-DETR's region proposal network.
+    """
+
+    def generate_cell_anchors(
+        self, sizes: tuple = (32, 64, 128, 256, 512), aspect_ratios: tuple = (0.5, 1, 2)
+    ) -> Tensor:
+        """[len(aspect_ratios) * len(sizes), 4] anchors around (0, 0), xyxy in pixels; see the base class."""
+        anchors = super().generate_cell_anchors(sizes, aspect_ratios)
+        return anchors.view(len(sizes), len(aspect_ratios), 4).transpose(0, 1).reshape(-1, 4)
+
+
+def valid_anchors(
+    anchors: list[Boxes], strides: list[int], image_size: tuple[int, int], offset: float = 0.0
+) -> list[Tensor]:
+    """Which anchors belong to cells that an image reaches, and so not to its padding.
+
+    Args:
+        anchors: the anchors of each level, as detectron2's anchor generators give them.
+        strides: the stride of each level, in pixels.
+        image_size: (height, width) of the image, in pixels.
+        offset: centre of a cell's anchors from its top left corner, in strides.
+
+    Returns:
+        For each level a bool tensor, one entry for each anchor: True where the index of its cell is below
+        ``ceil(image size / stride)`` in both directions.
+    """
+    height, width = image_size
+    masks = []
+    for boxes, stride in zip(anchors, strides):
+        # The centre of a box is subject to rounding, the index of its cell is not.
+        cells = (boxes.get_centers() / stride - offset).round()
+        limits = cells.new_tensor([math.ceil(width / stride), math.ceil(height / stride)])
+        masks.append((cells < limits).all(dim=1))
+    return masks

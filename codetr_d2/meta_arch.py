@@ -1,0 +1,195 @@
+"""Co-DETR: a DETR trained together with auxiliary heads that assign one to many (paper, section 3)."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+from . import ops
+from .heads import QUERY_HEAD_REGISTRY, build_auxiliary_head
+from .neck import ChannelMapper, ConvGN
+from .structures import FeaturePyramid
+
+__all__ = ["CoDETR", "auxiliary_head_names", "build_pyramid"]
+
+
+@META_ARCH_REGISTRY.register()
+class CoDETR(nn.Module):
+    """Collaborative DETR.
+
+    In training every auxiliary head reads the encoder's output, adds its own losses and hands its candidates on to the
+    query head as further decoder queries. Inference leaves the auxiliary heads out, unless ``eval_head`` names one.
+
+    Args:
+        backbone: a detectron2 backbone.
+        in_features: names of the backbone features, from fine to coarse.
+        neck: backbone features -> levels.
+        query_head: encoder, decoder and the losses of the queries.
+        auxiliary_heads: by name, in the order of the query head's positive queries.
+        auxiliary_weight: weight of the auxiliary heads' losses (lambda_2 times the decoder layers, eq. 6).
+        eval_head: "detr", or the name of the auxiliary head whose detections inference returns.
+        pixel_mean, pixel_std: for the normalisation of the images.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        in_features: list[str],
+        neck: ChannelMapper,
+        query_head: nn.Module,
+        auxiliary_heads: dict[str, nn.Module],
+        auxiliary_weight: float,
+        eval_head: str,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.in_features = in_features
+        self.neck = neck
+        self.query_head = query_head
+        self.auxiliary_heads = nn.ModuleDict(auxiliary_heads)
+        if auxiliary_heads:
+            # One more, coarser level that only the auxiliary heads see.
+            self.auxiliary_level = ConvGN(query_head.embed_dim, query_head.embed_dim, 3, stride=2, bias=True)
+        self.auxiliary_weight = auxiliary_weight
+        self.eval_head = eval_head
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        options = cfg.MODEL.CODETR
+        ops.set_backend(cfg.MODEL.MS_DEFORM_ATTN)
+        backbone = build_backbone(cfg)
+        input_shapes = [backbone.output_shape()[name] for name in options.IN_FEATURES]
+        neck = ChannelMapper(input_shapes, options.EMBED_DIM, options.NUM_FEATURE_LEVELS)
+        strides = [*neck.strides, 2 * neck.strides[-1]]
+        level_shapes = [ShapeSpec(channels=options.EMBED_DIM, stride=stride) for stride in strides]
+        return {
+            "backbone": backbone,
+            "in_features": options.IN_FEATURES,
+            "neck": neck,
+            "query_head": QUERY_HEAD_REGISTRY.get(options.QUERY_HEAD)(cfg),
+            "auxiliary_heads": {
+                name: build_auxiliary_head(kind, cfg, level_shapes)
+                for name, kind in zip(auxiliary_head_names(options.AUX_HEADS), options.AUX_HEADS)
+            },
+            "auxiliary_weight": options.LAMBDA2 * options.DECODER.NUM_LAYERS,
+            "eval_head": options.EVAL_HEAD,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """
+        Args:
+            batched_inputs: detectron2's standard format: ``image`` [C, H, W], ``instances`` in training, and the
+                ``height`` and ``width`` that detections are scaled to.
+
+        Returns:
+            Training: the losses by name. Inference: for each image ``{"instances": Instances}`` with ``pred_boxes``,
+            ``scores`` and ``pred_classes``.
+        """
+        images = self.preprocess(batched_inputs)
+        features = self.backbone(images.tensor)
+        levels = self.neck([features[name] for name in self.in_features])
+        pyramid = build_pyramid(levels, self.neck.strides, images)
+        memory = self.query_head.encode(pyramid)
+        if not self.training:
+            return self.inference(memory, batched_inputs)
+
+        instances = [x["instances"].to(self.device) for x in batched_inputs]
+        losses, samples = {}, {}
+        if self.auxiliary_heads:
+            auxiliary_pyramid = self.auxiliary_pyramid(memory)
+        for name, head in self.auxiliary_heads.items():
+            head_losses, samples[name] = head(auxiliary_pyramid, instances)
+            losses.update({f"{k}_{name}": v * self.auxiliary_weight for k, v in head_losses.items()})
+        losses.update(self.query_head.losses(memory, samples, instances))
+        return losses
+
+    def inference(self, memory: FeaturePyramid, batched_inputs: list[dict]) -> list[dict]:
+        """Detections of the head chosen by ``eval_head``, in the pixels that each input asks for."""
+        if self.eval_head == "detr":
+            results = self.query_head.inference(memory)
+        else:
+            results = self.auxiliary_heads[self.eval_head].inference(self.auxiliary_pyramid(memory))
+        return [{"instances": rescale(result, x)} for result, x in zip(results, batched_inputs)]
+
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise the images and pad them at the right and the bottom to one size."""
+        images = [
+            (x["image"].to(self.device, torch.float32) - self.pixel_mean) / self.pixel_std for x in batched_inputs
+        ]
+        return ImageList.from_tensors(
+            images, self.backbone.size_divisibility, padding_constraints=self.backbone.padding_constraints
+        )
+
+    def auxiliary_pyramid(self, memory: FeaturePyramid) -> FeaturePyramid:
+        """The encoder's output with one coarser level more."""
+        coarsest = self.auxiliary_level(memory.maps()[-1])
+        shape = tuple(coarsest.shape[-2:])
+        height, width = memory.shapes[-1]
+        mask = memory.padding_mask[:, -height * width :].unflatten(1, (height, width))
+        mask = downsample_mask(mask, shape)
+        return dataclasses.replace(
+            memory,
+            tokens=torch.cat((memory.tokens, coarsest.flatten(2).transpose(1, 2)), dim=1),
+            padding_mask=torch.cat((memory.padding_mask, mask.flatten(1)), dim=1),
+            shapes=[*memory.shapes, shape],
+            strides=[*memory.strides, 2 * memory.strides[-1]],
+            valid_ratios=torch.cat((memory.valid_ratios, valid_ratio(mask).unsqueeze(1)), dim=1),
+        )
+
+
+def auxiliary_head_names(kinds: list[str]) -> list[str]:
+    """Unique names for auxiliary heads: the kind itself, and with a number from its second use on."""
+    return [
+        kind if kinds[:i].count(kind) == 0 else f"{kind}{kinds[:i].count(kind) + 1}" for i, kind in enumerate(kinds)
+    ]
+
+
+def build_pyramid(levels: list[Tensor], strides: list[int], images: ImageList) -> FeaturePyramid:
+    """Flatten feature maps [B, C, h, w], from fine to coarse, and work out what in them is padding."""
+    height, width = images.tensor.shape[-2:]
+    mask = torch.ones((len(images), height, width), dtype=torch.bool, device=images.device)
+    for i, (h, w) in enumerate(images.image_sizes):
+        mask[i, :h, :w] = False
+    masks = [downsample_mask(mask, tuple(x.shape[-2:])) for x in levels]
+    return FeaturePyramid(
+        tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1),
+        padding_mask=torch.cat([m.flatten(1) for m in masks], dim=1),
+        shapes=[tuple(x.shape[-2:]) for x in levels],
+        strides=list(strides),
+        image_sizes=[tuple(size) for size in images.image_sizes],
+        valid_ratios=torch.stack([valid_ratio(m) for m in masks], dim=1),
+    )
+
+
+def downsample_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[B, H, W] bool -> [B, h, w] bool, nearest."""
+    return F.interpolate(mask.unsqueeze(1).float(), size=shape).squeeze(1) > 0.5
+
+
+def valid_ratio(mask: Tensor) -> Tensor:
+    """[B, h, w] bool, True at padding -> [B, 2] share of the width and of the height that is not."""
+    return torch.stack(((~mask[:, 0, :]).float().mean(1), (~mask[:, :, 0]).float().mean(1)), dim=-1)
+
+
+def rescale(result: Instances, model_input: dict) -> Instances:
+    """Detections in pixels of the network input -> in the pixels of the original image, where these are given."""
+    height, width = result.image_size
+    return detector_postprocess(result, model_input.get("height", height), model_input.get("width", width))

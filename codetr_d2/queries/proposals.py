@@ -1,0 +1,63 @@
+"""Two-stage proposals: a box for every token of the encoder (reference: Deformable DETR, appendix A.4)."""
+
+import torch
+from torch import Tensor, nn
+
+from ..structures import EncoderProposals, FeaturePyramid
+from ..transformer import box_branch, class_branch
+
+__all__ = ["TwoStageProposals", "prior_boxes"]
+
+PRIOR_SIZE = 0.05  # side of the finest level's prior boxes, normalised by the image
+BORDER = 0.01  # a prior with a coordinate nearer than this to 0 or 1 is no proposal
+
+
+class TwoStageProposals(nn.Module):
+    """Predicts class and box at every token, relative to a prior box at the token's cell.
+
+    Args:
+        embed_dim: channels of the tokens.
+        num_classes: number of class logits.
+    """
+
+    def __init__(self, embed_dim: int, num_classes: int):
+        super().__init__()
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.class_embed = class_branch(embed_dim, num_classes)
+        self.box_embed = box_branch(embed_dim)
+        nn.init.xavier_uniform_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, pyramid: FeaturePyramid) -> EncoderProposals:
+        """Args: pyramid: the encoder's output."""
+        boxes, valid = prior_boxes(pyramid)
+        prior_logits = torch.log(boxes / (1 - boxes)).masked_fill(~valid.unsqueeze(-1), float("inf"))
+        tokens = pyramid.tokens.masked_fill(~valid.unsqueeze(-1), 0.0)
+        embeddings = self.norm(self.proj(tokens))
+        return EncoderProposals(
+            logits=self.class_embed(embeddings).float(),
+            box_logits=self.box_embed(embeddings).float() + prior_logits,
+            prior_logits=prior_logits,
+            embeddings=embeddings,
+        )
+
+
+def prior_boxes(pyramid: FeaturePyramid) -> tuple[Tensor, Tensor]:
+    """The box at each token's cell and whether it is a proposal at all.
+
+    Returns:
+        boxes: [B, S, 4] cxcywh normalised by the valid size; sides of 0.05, doubled from level to level.
+        valid: [B, S] bool, False for padding and for priors that reach a border of the image.
+    """
+    device = pyramid.tokens.device
+    boxes = []
+    for level, (height, width) in enumerate(pyramid.shapes):
+        y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
+        x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
+        cells = torch.stack((x.repeat(height), y.repeat_interleave(width)), dim=-1)
+        centres = cells / (pyramid.valid_ratios[:, None, level] * torch.tensor([width, height], device=device))
+        boxes.append(torch.cat((centres, torch.full_like(centres, PRIOR_SIZE * 2.0**level)), dim=-1))
+    boxes = torch.cat(boxes, dim=1)
+    inside = ((boxes > BORDER) & (boxes < 1 - BORDER)).all(-1)
+    return boxes, inside & ~pyramid.padding_mask

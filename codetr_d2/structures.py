@@ -1,0 +1,137 @@
+"""The types that flow between the rooms of the model.
+
+Shapes use B images, L feature levels, S tokens (all cells of all levels), C channels, Q queries, K classes.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["DecoderOutput", "EncoderProposals", "FeaturePyramid", "PositiveSamples", "QueryGroup"]
+
+
+@dataclass
+class FeaturePyramid:
+    """Feature maps of several strides, flattened to one sequence of tokens.
+
+    Tokens go level by level from the finest to the coarsest one, row by row inside a level.
+
+    Attributes:
+        tokens: [B, S, C] features.
+        padding_mask: [B, S] bool, True where a token lies in the padding of its image.
+        shapes: (height, width) of each level.
+        strides: pixels of the network input that a cell of each level spans.
+        image_sizes: (height, width) of each image inside the padded batch, in pixels: what "valid" means.
+        valid_ratios: [B, L, 2] share of each level that is not padding, as (x, y).
+    """
+
+    tokens: Tensor
+    padding_mask: Tensor
+    shapes: list[tuple[int, int]]
+    strides: list[int]
+    image_sizes: list[tuple[int, int]]
+    valid_ratios: Tensor
+
+    @property
+    def spatial_shapes(self) -> Tensor:
+        """[L, 2] int64 tensor of ``shapes``, on the CPU or the device of the tokens alike."""
+        return torch.as_tensor(self.shapes, dtype=torch.int64, device=self.tokens.device)
+
+    @property
+    def level_start_index(self) -> Tensor:
+        """[L] int64, the index of each level's first token."""
+        sizes = self.spatial_shapes.prod(1)
+        return sizes.cumsum(0) - sizes
+
+    @property
+    def image_sizes_xyxy(self) -> Tensor:
+        """[B, 4] float32, (width, height, width, height) of each image in pixels: the scale of normalised boxes."""
+        sizes = [(w, h, w, h) for h, w in self.image_sizes]
+        return torch.as_tensor(sizes, dtype=torch.float32, device=self.tokens.device)
+
+    def maps(self) -> list[Tensor]:
+        """The levels as maps, each [B, C, height, width]."""
+        levels = self.tokens.split([h * w for h, w in self.shapes], dim=1)
+        return [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(levels, self.shapes)]
+
+
+@dataclass
+class EncoderProposals:
+    """A class and box prediction at every token of the encoder, from which the matching queries start.
+
+    Attributes:
+        logits: [B, S, K] class logits.
+        box_logits: [B, S, 4] cxcywh box before the sigmoid; +inf at tokens that cannot hold a proposal.
+        prior_logits: [B, S, 4] the part of box_logits that is fixed by the position of the token.
+        embeddings: [B, S, C] the features that both come from.
+    """
+
+    logits: Tensor
+    box_logits: Tensor
+    prior_logits: Tensor
+    embeddings: Tensor
+
+
+@dataclass
+class PositiveSamples:
+    """What an auxiliary head hands on to the decoder: its candidates with their one-to-many targets.
+
+    Lists have one entry for each image; M is the number of candidates of that image. Candidates whose label is
+    ``num_classes`` are background. Nothing here but ``features`` carries a gradient. Source: paper, section 3.2.
+
+    Attributes:
+        boxes: [M, 4] coordinates of the candidates (proposals, anchors), xyxy in pixels of the network input.
+        labels: [M] int64 assigned class, ``num_classes`` for background.
+        target_boxes: [M, 4] box of the assigned ground truth, xyxy pixels; of no meaning where background.
+        features: [M, C] feature of each candidate.
+    """
+
+    boxes: list[Tensor]
+    labels: list[Tensor]
+    target_boxes: list[Tensor]
+    features: list[Tensor]
+
+
+@dataclass
+class QueryGroup:
+    """Decoder queries of one origin. Groups go through the decoder together but do not see each other.
+
+    Attributes:
+        name: suffix of its losses: "" for the matching queries, "_aux_roi", "_aux_atss", ...
+        content: [B, Q, C] content embeddings.
+        reference_boxes: [B, Q, 4] initial boxes, cxcywh normalised by the image size. They carry no gradient.
+        position: [B, Q, C] position embeddings, or None where the decoder computes them from the reference boxes.
+        padding_mask: [B, Q] bool, True at slots that hold no query (they are attended by no query and have no loss).
+        labels: [B, Q] int64 fixed class targets (``num_classes`` for background), or None: matched one to one.
+        target_boxes: [B, Q, 4] fixed box targets, cxcywh normalised, or None.
+    """
+
+    name: str
+    content: Tensor
+    reference_boxes: Tensor
+    position: Tensor | None = None
+    padding_mask: Tensor | None = None
+    labels: Tensor | None = None
+    target_boxes: Tensor | None = None
+
+    @property
+    def num_queries(self) -> int:
+        return self.content.shape[1]
+
+
+@dataclass
+class DecoderOutput:
+    """Predictions of every decoder layer for one group of queries.
+
+    Attributes:
+        logits: [layers, B, Q, K] class logits.
+        boxes: [layers, B, Q, 4] boxes, cxcywh normalised by the image size.
+        states: [layers, B, Q, C] decoder states that the logits and boxes come from.
+        group: the queries, with their targets where these are fixed.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    states: Tensor
+    group: QueryGroup | None = field(default=None, repr=False)

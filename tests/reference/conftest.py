@@ -1,0 +1,59 @@
+"""Every test here runs for each case that the folder of recordings holds (``--reference-dir``, default ``data/``)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from recordings import (
+    DEFAULT_DIR,
+    build_config,
+    build_recorded_model,
+    config_file,
+    find_cases,
+    recorded_inputs,
+)
+from run_model import run_inference, run_training
+
+
+def reference_dir(config) -> Path:
+    return Path(config.getoption("--reference-dir", default=None) or DEFAULT_DIR).resolve()
+
+
+def pytest_generate_tests(metafunc):
+    folder = reference_dir(metafunc.config)
+    for fixture, kind in (("forward", "forward"), ("training", "losses")):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, find_cases(folder, kind), indirect=True, scope="session")
+
+
+def require_config(meta: dict) -> None:
+    if config_file(meta["official_config"]) is None:
+        pytest.skip(f"no config {meta['official_config']} in configs/")
+
+
+@pytest.fixture(scope="session")
+def forward(request):
+    """(recording, its meta block, our values by the same names) of an inference case."""
+    folder = reference_dir(request.config)
+    with np.load(folder / "forward" / f"{request.param}.npz") as recording:
+        arrays = {name: torch.from_numpy(recording[name]) for name in recording.files if name != "meta_json"}
+        meta = json.loads(str(recording["meta_json"]))
+    require_config(meta)
+    return arrays, meta, run_inference(build_recorded_model(folder, meta), recorded_inputs(meta), arrays)
+
+
+@pytest.fixture(scope="session")
+def training(request):
+    """(recording, our values) of a training step."""
+    folder = reference_dir(request.config)
+    recording = json.loads((folder / "losses" / f"{request.param}.json").read_text())
+    meta = recording["meta"]
+    require_config(meta)
+    cfg = build_config(meta["official_config"])
+    # The recordings sample everything and permute nothing, so that no random number takes part.
+    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 1_000_000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randperm", lambda n, **kwargs: torch.arange(n, device=kwargs.get("device")))
+        return recording, run_training(build_recorded_model(folder, meta, cfg), recorded_inputs(meta))

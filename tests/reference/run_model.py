@@ -1,0 +1,122 @@
+"""Runs our model as ``CoDETR.forward`` does and keeps what the recordings hold."""
+
+from types import SimpleNamespace
+
+import torch
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+from codetr_d2.meta_arch import build_pyramid
+
+
+def detections(prefix: str, results: list[Instances]) -> dict[str, Tensor]:
+    values = {}
+    for i, x in enumerate(results):
+        values[f"{prefix}_boxes_{i}"] = x.pred_boxes.tensor
+        values[f"{prefix}_scores_{i}"] = x.scores
+        values[f"{prefix}_labels_{i}"] = x.pred_classes
+    return values
+
+
+@torch.no_grad()
+def run_inference(model: torch.nn.Module, batch: list[dict], recorded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Full arrays by the names of the recording (its README, section 3); detections in network-input pixels."""
+    model.eval()
+    head = model.query_head
+    images = model.preprocess(batch)
+    features = model.backbone(images.tensor)
+    features = [features[name] for name in model.in_features]
+    levels = model.neck(features)
+    values = {f"backbone_{i}": x for i, x in enumerate(features)} | {f"neck_{i}": x for i, x in enumerate(levels)}
+
+    memory = head.encode(build_pyramid(levels, model.neck.strides, images))
+    proposals = head.proposals(memory)
+    index = head.best_proposals(proposals)
+    queries = head.matching_queries(proposals)
+    output = head.predict(memory)
+    values |= {
+        "memory": memory.tokens,
+        "enc_proposal_logit": proposals.prior_logits,
+        "enc_output_memory": proposals.embeddings,
+        "enc_cls": proposals.logits,
+        "enc_box_unact": proposals.box_logits,
+        "topk_indices": index,
+        "enc_topk_scores": proposals.logits[..., 0].gather(1, index),
+        "init_reference": queries.reference_boxes,
+        "query_pos_in": queries.position,
+        "dec_states": output.states,
+        "dec_references": output.boxes,
+        "cls_logits": output.logits,
+        "boxes": output.boxes,
+    }
+    values |= detections("det", head.inference(memory))
+    # The model as a whole gives what its parts give.
+    for whole, part in zip(model(batch), head.inference(memory)):
+        assert torch.equal(whole["instances"].scores, part.scores)
+        assert torch.equal(whole["instances"].pred_boxes.tensor, part.pred_boxes.tensor)
+
+    pyramid = model.auxiliary_pyramid(memory)
+    maps = pyramid.maps()
+    values["aux_last"] = maps[-1]
+    if "roi" in model.auxiliary_heads:
+        values |= run_roi_head(model.auxiliary_heads["roi"], pyramid, images, recorded)
+    if "atss" in model.auxiliary_heads:
+        atss = model.auxiliary_heads["atss"]
+        for i, ((logits, deltas, centerness), (height, width)) in enumerate(zip(atss.predict(maps), pyramid.shapes)):
+            for name, x in (("cls", logits), ("reg", deltas), ("ctr", centerness.unsqueeze(-1))):
+                values[f"atss_{name}_{i}"] = x.transpose(1, 2).unflatten(2, (height, width))
+        values |= detections("atss_det", atss.inference(pyramid))
+    return values
+
+
+def run_roi_head(head, pyramid, images, recorded: dict[str, Tensor]) -> dict[str, Tensor]:
+    features = dict(zip(head.level_names, pyramid.maps()))
+    logits, deltas = head.proposal_generator.rpn_head(list(features.values()))
+    values = {f"rpn_cls_{i}": x for i, x in enumerate(logits)} | {f"rpn_reg_{i}": x for i, x in enumerate(deltas)}
+    proposals, _ = head.proposal_generator(images, features)
+    for i, x in enumerate(proposals):
+        values[f"proposals_{i}"] = torch.cat(
+            (x.proposal_boxes.tensor, x.objectness_logits.sigmoid().unsqueeze(1)), dim=1
+        )
+    # The box head on the recorded regions.
+    rois = recorded["roi_in"]
+    heads = head.roi_heads
+    boxes = [Boxes(rois[rois[:, 0] == i, 1:]) for i in range(len(images))]
+    pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
+    values["roi_cls"], values["roi_reg"] = heads.box_predictor(heads.box_head(pooled))
+    values["roi_feat_mean"] = pooled.mean((2, 3))
+    values["roi_feat_first"] = pooled[:2]
+    return values | detections("roi_det", head.inference(pyramid))
+
+
+def run_training(model: torch.nn.Module, batch: list[dict]) -> SimpleNamespace:
+    """Losses, gradients, matchings and positives of one training step."""
+    model.train()
+    kept = SimpleNamespace(model=model, groups={}, samples={}, matches=None, rpn=None)
+    matcher = model.query_head.criterion.matcher
+    solve = matcher.match
+
+    def match(costs, num_targets):
+        kept.matches = solve(costs, num_targets)
+        return kept.matches
+
+    matcher.match = match
+    for queries in model.query_head.positive_queries:
+        queries.register_forward_hook(lambda _, args, group: kept.groups.update({group.name: group}))
+    for name, head in model.auxiliary_heads.items():
+        head.register_forward_hook(lambda _, args, result, name=name: kept.samples.update({name: result[1]}))
+        if name == "roi":
+            generator = head.proposal_generator
+            label = generator.label_and_sample_anchors
+
+            def label_and_sample_anchors(anchors, targets, label=label):
+                kept.rpn = (anchors, *label(anchors, targets))
+                return kept.rpn[1:]
+
+            generator.label_and_sample_anchors = label_and_sample_anchors
+            generator.register_forward_hook(lambda _, args, result: setattr(kept, "proposals", result[0]))
+    with EventStorage(0):
+        kept.losses = model(batch)
+    sum(kept.losses.values()).backward()
+    return kept
