@@ -1,5 +1,7 @@
 """Any convolutional timm model as a detectron2 backbone."""
 
+from difflib import get_close_matches
+
 import timm
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -28,7 +30,7 @@ class TimmBackbone(Backbone):
     def __init__(self, name: str, out_features: list[str], freeze_batch_norm: bool = True, pretrained: bool = False):
         super().__init__()
         if name not in timm.list_models():
-            close = timm.list_models(f"*{name.split('_')[0]}*")[:8]
+            close = get_close_matches(name, timm.list_models(), n=5)
             raise InputError(f"MODEL.TIMM.NAME: timm has no model {name!r}. Close to it: {', '.join(close) or 'none'}.")
         try:
             strides = timm.create_model(name, features_only=True).feature_info.reduction()

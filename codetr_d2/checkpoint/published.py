@@ -8,22 +8,22 @@ from torch import Tensor
 __all__ = ["codetr_to_published", "is_published", "published_to_codetr"]
 
 # (published, ours). {n}, {m}, {k} stand for a number, {norm} for a number that is one larger in ours, {rest} for
-# anything. The first row that fits counts.
+# anything. The first row that fits counts, in both directions.
 _TRANSFORMER = "query_head.transformer"
 _ROI = "auxiliary_heads.roi"
 _ATSS = "auxiliary_heads.atss"
 _NAMES = [
     # ResNet: torchvision's names <-> detectron2's
-    ("backbone.conv1.{rest}", "backbone.stem.conv1.{rest}"),
     ("backbone.bn1.{rest}", "backbone.stem.conv1.norm.{rest}"),
+    ("backbone.conv1.{rest}", "backbone.stem.conv1.{rest}"),
     *(
         (f"backbone.layer{stage}.{{n}}.{published}.{{rest}}", f"backbone.res{stage + 1}.{{n}}.{ours}.{{rest}}")
         for stage in (1, 2, 3, 4)
         for published, ours in (
-            *((f"conv{i}", f"conv{i}") for i in (1, 2, 3)),
             *((f"bn{i}", f"conv{i}.norm") for i in (1, 2, 3)),
-            ("downsample.0", "shortcut"),
+            *((f"conv{i}", f"conv{i}") for i in (1, 2, 3)),
             ("downsample.1", "shortcut.norm"),
+            ("downsample.0", "shortcut"),
         )
     ),
     ("neck.convs.{n}.conv.{rest}", "neck.convs.{n}.0.{rest}"),
@@ -78,10 +78,10 @@ _NAMES = [
     ("roi_head.0.bbox_head.fc_cls.{rest}", f"{_ROI}.roi_heads.box_predictor.cls_score.{{rest}}"),
     ("roi_head.0.bbox_head.fc_reg.{rest}", f"{_ROI}.roi_heads.box_predictor.bbox_pred.{{rest}}"),
     ("roi_head.0.bbox_head.shared_fcs.{norm}.{rest}", f"{_ROI}.roi_heads.box_head.fc{{norm}}.{{rest}}"),
-    ("bbox_head.0.cls_convs.{n}.conv.{rest}", f"{_ATSS}.cls_tower.{{n}}.{{rest}}"),
     ("bbox_head.0.cls_convs.{n}.gn.{rest}", f"{_ATSS}.cls_tower.{{n}}.norm.{{rest}}"),
-    ("bbox_head.0.reg_convs.{n}.conv.{rest}", f"{_ATSS}.box_tower.{{n}}.{{rest}}"),
+    ("bbox_head.0.cls_convs.{n}.conv.{rest}", f"{_ATSS}.cls_tower.{{n}}.{{rest}}"),
     ("bbox_head.0.reg_convs.{n}.gn.{rest}", f"{_ATSS}.box_tower.{{n}}.norm.{{rest}}"),
+    ("bbox_head.0.reg_convs.{n}.conv.{rest}", f"{_ATSS}.box_tower.{{n}}.{{rest}}"),
     ("bbox_head.0.atss_cls.{rest}", f"{_ATSS}.cls_score.{{rest}}"),
     ("bbox_head.0.atss_reg.{rest}", f"{_ATSS}.box_deltas.{{rest}}"),
     ("bbox_head.0.atss_centerness.{rest}", f"{_ATSS}.centerness.{{rest}}"),

@@ -1,0 +1,82 @@
+# `make help` lists what there is. Every target but help does the set-up that it needs, once.
+#
+# PYTHON: the interpreter (3.10 or newer) that a new virtual environment is made with.
+# VENV:   where that environment lies. Empty (`make test VENV=`): no set-up, run in the Python named PYTHON as it is.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_VERSION := 26.3
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+ifneq ($(VENV),)
+RUN := "$(VENV)/bin/python"
+# Written last, each when its step is complete: a set-up that was interrupted goes on at the next make.
+REQUIREMENTS_DONE := $(VENV)/.requirements-installed
+SETUP_DONE := $(VENV)/.setup-complete
+else
+RUN := $(PYTHON)
+endif
+
+.PHONY: help
+help:
+	@echo 'make quickstart          train a small Co-DETR on handwritten digits, evaluate it and draw its predictions'
+	@echo 'make quickstart-trees    the same on photographs of tree crowns'
+	@echo 'make test                check the style and run every test but the end-to-end run'
+	@echo 'make test-end-to-end     a short training, evaluation and prediction through the command lines'
+	@echo 'make lint                check the style alone'
+	@echo 'make setup               only the set-up: $(VENV) with torch, detectron2 and this package'
+	@echo
+	@echo 'PYTHON=python3.12        use this Python for the set-up (default: python3)'
+
+.PHONY: setup
+setup: $(SETUP_DONE)
+
+.PHONY: quickstart quickstart-trees
+quickstart: $(SETUP_DONE)
+	$(RUN) tools/quick_start.py digits
+
+quickstart-trees: $(SETUP_DONE)
+	$(RUN) tools/quick_start.py trees
+
+.PHONY: lint test test-end-to-end
+lint: $(SETUP_DONE)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+test: lint
+	$(RUN) -m pytest --ignore=tests/end_to_end --durations=10
+
+test-end-to-end: $(SETUP_DONE)
+	$(RUN) -m pytest tests/end_to_end --durations=10
+
+ifneq ($(VENV),)
+IS_SUPPORTED_PYTHON := import sys; sys.exit(sys.version_info < (3, 10))
+
+# A working environment is kept, with whatever else is installed in it; a broken one is made anew.
+$(REQUIREMENTS_DONE): requirements.txt tools/install_detectron2.py
+	@if ! $(RUN) -c 'import pip; $(IS_SUPPORTED_PYTHON)' 2> /dev/null; then \
+	    $(PYTHON) -c '$(IS_SUPPORTED_PYTHON)' || { \
+	        echo 'error: $(PYTHON) is not Python 3.10 or newer. Name one that is: make setup PYTHON=python3.12' >&2; exit 1; }; \
+	    $(PYTHON) -c 'import ensurepip, venv' || { \
+	        echo 'error: $(PYTHON) cannot make virtual environments: apt install python3-venv (or your system'"'"'s name for it)' >&2; exit 1; }; \
+	    echo 'Making the virtual environment $(VENV): about 6 GB, most of it torch.'; \
+	    if test -e "$(VENV)/pyvenv.cfg"; then clear=--clear; fi; \
+	    $(PYTHON) -m venv $$clear "$(VENV)" || exit 1; \
+	fi
+	@$(RUN) -m pip install --disable-pip-version-check --quiet pip==$(PIP_VERSION) \
+	    && $(RUN) -m pip install -r requirements.txt \
+	    || { echo 'error: could not install requirements.txt. Check network and disk, then: make setup' >&2; exit 1; }
+	@$(RUN) tools/install_detectron2.py
+	@$(RUN) -W ignore -c 'import cv2, detectron2.engine, matplotlib, pycocotools, pytest, scipy, sklearn, timm, torchvision' \
+	    || { echo 'error: the installation in $(VENV) is damaged. Make it anew: rm -rf "$(VENV)" && make setup' >&2; exit 1; }
+	@touch "$@"
+
+$(SETUP_DONE): $(REQUIREMENTS_DONE) setup.py pyproject.toml $(wildcard codetr_d2/ops/csrc/*)
+	@PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable . \
+	    || { echo 'error: could not install codetr_d2 itself; the lines above say why. Mend that, then: make setup' >&2; exit 1; }
+	@touch "$@"
+	@$(RUN) -W ignore -c 'from codetr_d2.ops import active_backend; \
+	    print("Set-up complete in $(VENV). Deformable attention on the CPU: %s (%s)." % active_backend("cpu"))'
+endif

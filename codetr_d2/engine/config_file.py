@@ -1,0 +1,250 @@
+"""Reading configs and checking them, before any long work starts."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from ..checkpoint.checkpointer import atomic_write
+from ..config import add_codetr_config
+from ..data.loader import TRAIN_SAMPLERS
+from ..errors import InputError
+from ..heads import AUX_HEAD_REGISTRY, QUERY_HEAD_REGISTRY
+from ..meta_arch import auxiliary_head_names
+
+__all__ = ["check_config", "check_output_dir", "load_config", "resolve_device", "save_config"]
+
+# Options of the model that may change when a run is resumed: they change neither its weights nor what they mean.
+_FREE_TO_CHANGE = {
+    "MODEL.WEIGHTS",
+    "MODEL.DEVICE",
+    "MODEL.MS_DEFORM_ATTN",
+    "MODEL.CODETR.ACTIVATION_CHECKPOINTING",
+    "MODEL.CODETR.CLASS_NAMES",
+    "MODEL.CODETR.EVAL_HEAD",
+    "MODEL.TIMM.PRETRAINED",
+}
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Read a config file, the files that its ``_BASE_`` names, and options of the command line, in detectron2's format.
+
+    Args:
+        config_file: a YAML file.
+        opts: key, value, key, value, ...
+
+    Raises:
+        InputError: a file is missing or malformed, an option is unknown, or its value has the wrong type.
+    """
+    cfg = get_cfg()
+    add_codetr_config(cfg)
+    _merge_file(cfg, config_file, ())
+    for key in opts[::2]:
+        if key.startswith("-"):
+            raise InputError(f"{key}: flags must stand before the KEY VALUE pairs of the command line")
+    if len(opts) % 2:
+        raise InputError(f"the command line's options must be KEY VALUE pairs, but {opts[-1]} has no value")
+    for key, value in zip(opts[::2], opts[1::2]):
+        _set(cfg, key, value, "command line")
+    return cfg
+
+
+def _merge_file(cfg: CfgNode, path: str, parents: tuple[str, ...]) -> None:
+    origin = f" (_BASE_ of {parents[-1]})" if parents else ""
+    if os.path.realpath(path) in map(os.path.realpath, parents):
+        raise InputError(f"{path}: its _BASE_ leads back to itself")
+    try:
+        with open(path, encoding="utf-8") as file:
+            loaded = yaml.safe_load(file) or {}
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this config file{origin}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path}: a config must be a mapping of options, not a {type(loaded).__name__}")
+    bases = loaded.pop("_BASE_", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        _merge_file(cfg, base, (*parents, path))
+    for key, value in _flatten(loaded, cfg):
+        _set(cfg, key, value, path)
+
+
+def _flatten(tree: dict, like: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The options of nested dicts by their full keys, as deep as ``like`` goes."""
+    for name, value in tree.items():
+        section = like.get(name) if isinstance(like, dict) else None
+        if isinstance(value, dict) and (isinstance(section, dict) or section is None):
+            yield from _flatten(value, section, f"{prefix}{name}.")
+        elif not (value is None and isinstance(section, dict)):  # an empty section
+            yield f"{prefix}{name}", value
+
+
+def _set(cfg: CfgNode, key: str, value: object, source: str) -> None:
+    current = cfg
+    for part in key.split("."):
+        if not isinstance(current, CfgNode) or part not in current:
+            known = [name for name, _ in _flatten(cfg, cfg)]
+            close = difflib.get_close_matches(key, known, 1, 0.5)
+            raise InputError(f"{source}: unknown option {key}" + (f"; did you mean {close[0]}?" if close else ""))
+        current = current[part]
+    if isinstance(current, CfgNode):
+        raise InputError(f"{source}: {key} is a section; set one of its options: {', '.join(current)}")
+    if isinstance(current, float) and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except ValueError:
+            pass  # a wrong type, reported below
+    try:
+        cfg.merge_from_list([key, value])
+    except (ValueError, KeyError, AssertionError):
+        raise InputError(
+            f"{source}: {key} must be a {type(current).__name__}, like {current!r}; got {value!r}"
+        ) from None
+
+
+def resolve_device(cfg: CfgNode) -> str:
+    """``MODEL.DEVICE``, or "cpu" where that is a GPU and there is none."""
+    is_cuda = cfg.MODEL.DEVICE.startswith("cuda")
+    return "cpu" if is_cuda and not torch.cuda.is_available() else cfg.MODEL.DEVICE
+
+
+def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False) -> None:
+    """Check the values of options against each other and against what there is.
+
+    Args:
+        cfg: the config.
+        num_processes: in all, over all machines.
+        resume: the run will go on from its checkpoint, if there is one.
+
+    Raises:
+        InputError: naming the option and what it may be.
+    """
+
+    def one_of(key: str, allowed: Sequence[str]) -> None:
+        value = _get(cfg, key)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if item not in allowed:
+                raise InputError(f"{key} is {item!r}; it may be: {', '.join(map(str, allowed))}")
+
+    def positive(*keys: str) -> None:
+        for key in keys:
+            if _get(cfg, key) <= 0:
+                raise InputError(f"{key} is {_get(cfg, key)}; it must be greater than 0")
+
+    def divisible(key: str, value: int, by: int, what: str) -> None:
+        if value % by:
+            raise InputError(f"{key} is {value}, which {what} ({by}) does not divide")
+
+    solver, model = cfg.SOLVER, cfg.MODEL.CODETR
+    if cfg.MODEL.META_ARCHITECTURE == "CoDETR":
+        one_of("MODEL.CODETR.QUERY_HEAD", [name for name, _ in QUERY_HEAD_REGISTRY])
+        one_of("MODEL.CODETR.AUX_HEADS", [name for name, _ in AUX_HEAD_REGISTRY])
+        one_of("MODEL.CODETR.EVAL_HEAD", ["detr", *auxiliary_head_names(model.AUX_HEADS)])
+        one_of("MODEL.CODETR.POSITIVE_QUERIES.PADDING", ["negatives", "mask"])
+        one_of("MODEL.MS_DEFORM_ATTN", ["auto", "cpp", "eager"])
+        positive(*(f"MODEL.CODETR.{x}" for x in ("NUM_CLASSES", "NUM_QUERIES", "EMBED_DIM", "NUM_FEATURE_LEVELS")))
+        for part in ("ENCODER", "DECODER"):
+            positive(*(f"MODEL.CODETR.{part}.{x}" for x in ("NUM_LAYERS", "NUM_HEADS", "NUM_POINTS", "FFN_DIM")))
+            what = f"MODEL.CODETR.{part}.NUM_HEADS"
+            divisible("MODEL.CODETR.EMBED_DIM", model.EMBED_DIM, _get(cfg, what), what)
+
+    positive("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.ACCUMULATE_STEPS")
+    positive("SOLVER.BASE_LR", "TEST.DETECTIONS_PER_IMAGE")
+    share = num_processes * solver.ACCUMULATE_STEPS
+    divisible(
+        "SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, share, "the number of processes times SOLVER.ACCUMULATE_STEPS"
+    )
+    one_of("SOLVER.LR_SCHEDULER_NAME", ["WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"])
+    one_of("SOLVER.WARMUP_METHOD", ["linear", "constant"])
+    one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ["full_model", "norm", "value"])
+    one_of("DATALOADER.SAMPLER_TRAIN", TRAIN_SAMPLERS)
+    if solver.AMP.ENABLED:
+        one_of("SOLVER.AMP.DTYPE", ["bfloat16"] if resolve_device(cfg) == "cpu" else ["bfloat16", "float16"])
+    if solver.EMA.ENABLED and not 0 < solver.EMA.DECAY < 1:
+        raise InputError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}; it must lie between 0 and 1")
+    for entry in solver.LR_MULTIPLIERS:
+        if not (
+            isinstance(entry, (list, tuple))
+            and len(entry) == 2
+            and isinstance(entry[0], str)
+            and isinstance(entry[1], (int, float))
+        ):
+            raise InputError(
+                f"SOLVER.LR_MULTIPLIERS has the entry {entry!r}; an entry is [part of a name, factor], like ['backbone', 0.1]"
+            )
+    for key in ("SOLVER.STEPS", "SOLVER.STEPS_EPOCHS"):
+        steps = _get(cfg, key)
+        if any(a >= b for a, b in zip(steps, steps[1:])):
+            raise InputError(f"{key} is {steps}; it must rise from entry to entry")
+    if solver.MAX_EPOCHS <= 0 and solver.MAX_ITER in solver.STEPS:
+        raise InputError(f"SOLVER.STEPS is {solver.STEPS}; its entries must not be SOLVER.MAX_ITER ({solver.MAX_ITER})")
+    if not cfg.DATASETS.TRAIN:
+        raise InputError("DATASETS.TRAIN is empty; name the datasets to train on, registered with DATASETS.COCO_JSON")
+
+    weights = cfg.MODEL.WEIGHTS.split("?")[0]  # detectron2 reads options after a question mark
+    resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if weights and "://" not in weights and not resumes and not os.path.isfile(weights):
+        raise InputError(f"MODEL.WEIGHTS: there is no file {weights}")
+
+
+def check_output_dir(cfg: CfgNode, resume: bool) -> None:
+    """Make ``OUTPUT_DIR``, and make sure that the run does not spoil what another one has left there.
+
+    Raises:
+        InputError: the folder cannot be written; holds a run that is not to be resumed; or, with ``resume``, holds a run of
+            another model or other datasets. Options of the solver may change, so that a run can be prolonged.
+    """
+    folder = cfg.OUTPUT_DIR
+    try:
+        os.makedirs(folder, exist_ok=True)
+        names = os.listdir(folder)
+    except OSError as error:
+        raise InputError(f"OUTPUT_DIR: cannot use the folder {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"OUTPUT_DIR: the folder {folder} cannot be written")
+    holds_run = any(re.fullmatch(r"model_.*\.pth|last_checkpoint", name) for name in names)
+    holds_run |= "metrics.json" in names and os.path.getsize(os.path.join(folder, "metrics.json")) > 0
+    if holds_run and not resume:
+        raise InputError(
+            f"OUTPUT_DIR: {folder} already holds a run; go on with it by --resume, or choose another OUTPUT_DIR"
+        )
+    path = os.path.join(folder, "config.yaml")
+    if not (holds_run and os.path.isfile(path)):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            before = dict(_flatten(yaml.safe_load(file), cfg))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        raise InputError(f"{path}: not a config; delete it if the run in this folder is the one to resume") from None
+    differing = [
+        f"{key} ({_plain(before[key])} there, {_plain(value)} now)"
+        for key, value in _flatten(cfg, cfg)
+        if (key.startswith("MODEL.") or key == "DATASETS.TRAIN") and key not in _FREE_TO_CHANGE
+        if key in before and _plain(before[key]) != _plain(value)
+    ]
+    if differing:
+        shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
+        raise InputError(
+            f"OUTPUT_DIR: {folder} holds a run of another config, which cannot be resumed with this one: {shown}"
+        )
+
+
+def save_config(cfg: CfgNode) -> None:
+    """Write the config to ``OUTPUT_DIR/config.yaml``."""
+    atomic_write(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), lambda file: file.write(cfg.dump().encode()))
+
+
+def _get(cfg: CfgNode, key: str):
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _plain(value):
+    """Tuples as lists, as YAML has them."""
+    return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else value

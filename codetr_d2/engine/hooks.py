@@ -1,0 +1,99 @@
+"""Hooks of the trainer where detectron2's do not survive a resumed run."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
+
+from ..checkpoint.checkpointer import CoDETRCheckpointer, atomic_write
+
+__all__ = ["BestCheckpointer", "PeriodicCheckpointer", "PeriodicWriter", "drop_metrics_from"]
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """detectron2's, which also remembers the best value over a resume and warns once of a metric that is not there."""
+
+    _warned = False
+
+    def _best_checking(self) -> None:
+        if not comm.is_main_process():
+            return
+        if self._val_metric in self.trainer.storage.latest():
+            super()._best_checking()
+        elif not self._warned:
+            self._warned = True
+            known = sorted(key for key in self.trainer.storage.latest() if "/" in key)
+            self._logger.warning(
+                "TEST.BEST_CHECKPOINT_METRIC: the evaluation gave no %r, so no model_best.pth is kept. It gave: %s",
+                self._val_metric,
+                ", ".join(known) or "nothing",
+            )
+
+    def state_dict(self) -> dict:
+        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+
+
+class PeriodicCheckpointer(HookBase):
+    """Save a checkpoint every ``period`` iterations and after the last one, and delete all but the newest ``keep``."""
+
+    def __init__(self, checkpointer: CoDETRCheckpointer, period: int, keep: int = 3):
+        self._checkpointer = checkpointer
+        self._period = period
+        self._keep = keep
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter
+        if (iteration + 1) % self._period and iteration != self.trainer.max_iter - 1:
+            return
+        self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+        folder = self._checkpointer.save_dir
+        saved = [(int(m[1]), name) for name in os.listdir(folder) if (m := re.fullmatch(r"model_(\d{7,})\.pth", name))]
+        for _, name in sorted(x for x in saved if x[0] <= iteration)[: -self._keep]:
+            os.remove(os.path.join(folder, name))
+
+
+class PeriodicWriter(hooks.PeriodicWriter):
+    """detectron2's, which also writes after each evaluation, so that a checkpoint never leaves its results behind.
+
+    Args:
+        build_writers: called when training starts: when it is known from which iteration.
+        eval_period: iterations between evaluations, 0 for none.
+        period: iterations between writes.
+    """
+
+    def __init__(self, build_writers: Callable[[], list[EventWriter]], eval_period: int, period: int = 20):
+        super().__init__([], period)
+        self._build_writers = build_writers
+        self._eval_period = eval_period
+
+    def before_train(self) -> None:
+        self._writers = self._build_writers()
+
+    def after_step(self) -> None:
+        if self._eval_period and (self.trainer.iter + 1) % self._eval_period == 0:
+            for writer in self._writers:
+                writer.write()
+        else:
+            super().after_step()
+
+
+def drop_metrics_from(path: str, iteration: int) -> None:
+    """Drop the entries of a ``metrics.json`` from ``iteration`` on: a resumed run writes them again."""
+    if not os.path.isfile(path):
+        return
+    kept = []
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                if json.loads(line)["iteration"] < iteration:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                pass  # the killed run was writing this line
+    atomic_write(path, lambda file: file.writelines(kept))

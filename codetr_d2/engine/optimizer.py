@@ -1,0 +1,83 @@
+"""Parameter groups, optimizer, gradient norm, and the schedule in epochs."""
+
+import logging
+import math
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import Tensor, nn
+
+__all__ = ["build_optimizer", "clip_full_model", "schedule_in_iterations"]
+
+logger = logging.getLogger(__name__)
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW on all trainable parameters.
+
+    ``SOLVER.BASE_LR`` times the factor of the first entry of ``SOLVER.LR_MULTIPLIERS`` that is part of the parameter's
+    name; ``SOLVER.WEIGHT_DECAY`` on every parameter, as published: neither norms nor biases are exempt. detectron2's own
+    kinds of ``SOLVER.CLIP_GRADIENTS`` (norm, value: of each parameter) are part of the optimizer's step; ``full_model`` is
+    :func:`clip_full_model`, called by the trainer.
+    """
+    multipliers = [(part, float(factor)) for part, factor in cfg.SOLVER.LR_MULTIPLIERS]
+
+    def factor_of(name: str) -> float:
+        return next((factor for part, factor in multipliers if part in name), 1.0)
+
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for part, _ in multipliers:
+        if not any(part in name for name in names):
+            logger.warning("SOLVER.LR_MULTIPLIERS: %r is part of no parameter's name", part)
+    groups = get_default_optimizer_params(model, base_lr=cfg.SOLVER.BASE_LR, lr_factor_func=factor_of)
+
+    adamw = torch.optim.AdamW
+    if cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE != "full_model":
+        adamw = maybe_add_gradient_clipping(cfg, adamw)
+    options = {"lr": cfg.SOLVER.BASE_LR, "weight_decay": cfg.SOLVER.WEIGHT_DECAY}
+    try:
+        return adamw(groups, fused=True, **options)
+    except RuntimeError:  # this torch has no fused kernel for this device
+        return adamw(groups, foreach=True, **options)
+
+
+def clip_full_model(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> Tensor:
+    """Scale all gradients together so that their total norm is at most ``CLIP_VALUE``, if the config asks for that.
+
+    Returns:
+        The total norm before clipping, a scalar on the device: of kind ``SOLVER.CLIP_GRADIENTS.NORM_TYPE``.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    norm_type = float(clip.NORM_TYPE)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, norm_type)), norm_type)
+    if clip.ENABLED and clip.CLIP_TYPE == "full_model":
+        # As torch.nn.utils.clip_grad_norm_ does: no look at the norm, which would wait for the device.
+        torch._foreach_mul_(gradients, torch.clamp(clip.CLIP_VALUE / (norm + 1e-6), max=1.0))
+    return norm
+
+
+def schedule_in_iterations(cfg: CfgNode, num_images: int) -> CfgNode:
+    """Turn ``SOLVER.MAX_EPOCHS`` and ``STEPS_EPOCHS``, where set, into ``MAX_ITER`` and ``STEPS`` of a new config.
+
+    Args:
+        cfg: the config, which stays as it is.
+        num_images: images of the training set; an epoch is that many divided by ``SOLVER.IMS_PER_BATCH``.
+    """
+    if cfg.SOLVER.MAX_EPOCHS <= 0:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    epoch = num_images / cfg.SOLVER.IMS_PER_BATCH
+    cfg.SOLVER.MAX_ITER = math.ceil(cfg.SOLVER.MAX_EPOCHS * epoch)
+    steps = {round(step * epoch) for step in cfg.SOLVER.STEPS_EPOCHS}  # few images may make two epochs one iteration
+    cfg.SOLVER.STEPS = tuple(sorted(step for step in steps if step < cfg.SOLVER.MAX_ITER))
+    logger.info(
+        "%g epochs of %d images are %d iterations; the learning rate falls after %s",
+        cfg.SOLVER.MAX_EPOCHS,
+        num_images,
+        cfg.SOLVER.MAX_ITER,
+        cfg.SOLVER.STEPS,
+    )
+    return cfg

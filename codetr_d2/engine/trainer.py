@@ -1,0 +1,398 @@
+"""The trainer: detectron2's, made exactly resumable, with mixed precision, accumulation and a moving average."""
+
+import logging
+import math
+import os
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, verify_results
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
+from detectron2.utils.logger import setup_logger
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from ..checkpoint.checkpointer import CoDETRCheckpointer
+from ..data.datasets import class_names, load_datasets, register_datasets
+from ..data.loader import build_test_loader, build_train_loader
+from ..data.mapper import CoDETRDatasetMapper
+from ..data.samplers import derive_seed, seed_rng
+from ..errors import InputError
+from .config_file import resolve_device, save_config
+from .ema import ModelEMA
+from .hooks import BestCheckpointer, PeriodicCheckpointer, PeriodicWriter, drop_metrics_from
+from .optimizer import build_optimizer, clip_full_model, schedule_in_iterations
+
+__all__ = ["CoDETRTrainer", "StepTrainer", "autocast", "evaluate", "setup", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+def autocast(cfg: CfgNode) -> torch.autocast:
+    """The context of ``SOLVER.AMP`` for ``MODEL.DEVICE``; one that changes nothing where it is not enabled."""
+    return torch.autocast(
+        torch.device(cfg.MODEL.DEVICE).type, dtype=getattr(torch, cfg.SOLVER.AMP.DTYPE), enabled=cfg.SOLVER.AMP.ENABLED
+    )
+
+
+class StepTrainer(SimpleTrainer):
+    """One optimizer step: losses of all micro-batches, gradients, clipping, update.
+
+    ``SOLVER.ACCUMULATE_STEPS`` micro-batches give the mean of their losses, that is the loss of the whole batch but for
+    normalisers that a model takes from its batch. All randomness of the model comes from (seed, iteration, process).
+
+    Args:
+        model: returns a dict of scalar losses in training; may be wrapped in ``DistributedDataParallel``.
+        data_loader: gives this process's share of each batch as a list.
+        optimizer: for the parameters of the model.
+        cfg: ``SOLVER`` and ``MODEL.DEVICE``.
+        seed: of the run.
+
+    Raises:
+        FloatingPointError: a loss or, where no loss scaling is at work, the gradient is not finite. The weights and the
+            state of the optimizer are still those of the step before. The message names the iteration and the images.
+    """
+
+    def __init__(
+        self, model: nn.Module, data_loader: DataLoader, optimizer: torch.optim.Optimizer, cfg: CfgNode, seed: int = 0
+    ):
+        super().__init__(model, data_loader, optimizer)
+        self.cfg = cfg
+        self.seed = seed
+        self.autocast = autocast(cfg)
+        uses_float16 = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16"
+        self.grad_scaler = torch.amp.GradScaler(torch.device(cfg.MODEL.DEVICE).type, enabled=uses_float16)
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+
+        seed_rng(derive_seed(self.seed, "step", self.iter, comm.get_rank()))
+        self.optimizer.zero_grad()
+        steps = self.cfg.SOLVER.ACCUMULATE_STEPS
+        size = len(batch) // steps
+        sums = 0
+        for i in range(steps):
+            micro_batch = batch[i * size : (i + 1) * size]
+            is_distributed = isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if is_distributed and i < steps - 1 else nullcontext():
+                names, losses = self._losses(micro_batch)
+                self.grad_scaler.scale(losses.sum() / steps).backward()
+            sums = sums + losses.detach() / steps
+        self.grad_scaler.unscale_(self.optimizer)
+        norm = clip_full_model(self.optimizer, self.cfg)
+
+        self._write_step([*names, "grad_norm"], torch.cat((sums, norm[None])), data_time, batch)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _losses(self, batch: list[dict]) -> tuple[list[str], Tensor]:
+        """Names and values [n] of the losses, float32."""
+        try:
+            with self.autocast:
+                losses = self.model(batch)
+        except FloatingPointError as error:  # detectron2's RPN looks at its proposals before any loss is known
+            raise FloatingPointError(self._message(str(error), _files(batch))) from error
+        return list(losses), torch.stack([loss.float() for loss in losses.values()])
+
+    def _write_step(self, names: list[str], values: Tensor, data_time: float, batch: list[dict]) -> None:
+        """Log the step, once its values, which reach the host in one copy, have proved finite."""
+        if comm.get_world_size() > 1:
+            dist.all_reduce(values)
+            values = values / comm.get_world_size()
+        scalars = dict(zip(names, values.tolist()))
+        faulty = {name: value for name, value in scalars.items() if not math.isfinite(value)}
+        if self.grad_scaler.is_enabled():
+            faulty.pop("grad_norm", None)  # the scaler skips such a step and lowers its scale
+        if faulty:  # in every process alike, as the values are the mean over all
+            files = [file for files in comm.all_gather(_files(batch)) for file in files]
+            shown = ", ".join(f"{name}={value}" for name, value in faulty.items())
+            raise FloatingPointError(self._message(f"not finite: {shown}", files))
+        storage = get_event_storage()
+        norm = scalars.pop("grad_norm")
+        storage.put_scalars(total_loss=sum(scalars.values()), grad_norm=norm, data_time=data_time, **scalars)
+
+    def _message(self, what: str, files: list[str]) -> str:
+        return (
+            f"training stopped at iteration {self.iter}: {what}. Images of this step: {', '.join(files)}. "
+            "Checkpoints saved before are whole. Look at the boxes of these images, or lower SOLVER.BASE_LR."
+        )
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError as error:
+            raise InputError(
+                f"the checkpoint's optimizer has other parameter groups than this config makes ({error}); "
+                "set SOLVER.LR_MULTIPLIERS as they were"
+            ) from None
+        if self.grad_scaler.is_enabled() and state_dict["grad_scaler"]:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _files(batch: list[dict]) -> list[str]:
+    return [str(sample.get("file_name")) for sample in batch]
+
+
+class _WeightsCheckpointer(CoDETRCheckpointer):
+    """Saves weights to deploy, the moving average if there is one, and is not for resuming from."""
+
+    def __init__(self, model: nn.Module, save_dir: str, ema: Optional[ModelEMA]):
+        super().__init__(model, save_dir)
+        self._ema = ema
+
+    def save(self, name: str, **kwargs) -> None:
+        with self._ema.applied() if self._ema else nullcontext():
+            super().save(name, **kwargs)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        pass
+
+
+class CoDETRTrainer(DefaultTrainer):
+    """detectron2's ``DefaultTrainer`` for the options that :func:`codetr_d2.add_codetr_config` adds.
+
+    Writes into ``OUTPUT_DIR``: ``model_XXXXXXX.pth`` (all that a resumed run needs, the newest three), ``last_checkpoint``
+    (the name of the newest), ``model_best.pth`` and ``model_final.pth`` (weights to use, those of the moving average where
+    it is enabled), ``metrics.json`` and TensorBoard's files.
+
+    A resumed run ends with the same weights as one that was never stopped: bit for bit where the operations are themselves
+    deterministic, as they are on the CPU with the same number of processes and threads.
+
+    Raises:
+        InputError: the data are at fault.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        TrainerBase.__init__(self)  # not DefaultTrainer's, which wraps the model for GPUs only and knows no bfloat16
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        logger.info("Seed of this run: %d", self.seed)
+        seed_rng(derive_seed(self.seed, "model"))
+        data_loader = self.build_train_loader(cfg)
+        self.cfg = cfg = schedule_in_iterations(cfg, len(data_loader.dataset))
+        self.bare_model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, self.bare_model)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        model = create_ddp_model(
+            self.bare_model, broadcast_buffers=False, device_ids=None if on_cpu else [torch.cuda.current_device()]
+        )
+        self._trainer = StepTrainer(model, data_loader, optimizer, cfg)
+        self.max_iter = cfg.SOLVER.MAX_ITER
+
+        ema_options = cfg.SOLVER.EMA
+        self.ema = (
+            ModelEMA(self.bare_model, ema_options.DECAY, ema_options.WARMUP_ITERS) if ema_options.ENABLED else None
+        )
+        checkpointables = {"ema": self.ema} if self.ema else {}
+        self.checkpointer = CoDETRCheckpointer(
+            self.bare_model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **checkpointables
+        )
+        self.weights_checkpointer = _WeightsCheckpointer(self.bare_model, cfg.OUTPUT_DIR, self.ema)
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list:
+        # What an iteration leaves behind is written before its checkpoint, which is the last to come: a run that is resumed
+        # from it has nothing to make up for.
+        cfg = self.cfg
+
+        def evaluate_and_keep() -> dict:
+            with self.ema.applied() if self.ema else nullcontext():
+                self._last_eval_results = self.test(cfg, self.bare_model)
+            return self._last_eval_results
+
+        result = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if cfg.DATASETS.TEST:
+            result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate_and_keep))
+            if cfg.TEST.BEST_CHECKPOINT_METRIC:
+                result.append(
+                    BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.weights_checkpointer, cfg.TEST.BEST_CHECKPOINT_METRIC)
+                )
+        if comm.is_main_process():
+            result.append(PeriodicWriter(self.build_writers, cfg.TEST.EVAL_PERIOD))
+            result.append(PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+        return result
+
+    def build_writers(self) -> list[EventWriter]:
+        folder = self.cfg.OUTPUT_DIR
+        metrics = os.path.join(folder, "metrics.json")
+        drop_metrics_from(metrics, self.start_iter)
+        writers = [CommonMetricPrinter(self.max_iter), JSONWriter(metrics)]
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            logger.warning("tensorboard is not installed, so only metrics.json is written")
+        else:
+            writers.append(TensorboardXWriter(folder, purge_step=self.start_iter or None))
+        return writers
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last checkpoint of ``OUTPUT_DIR``, if ``resume`` and there is one; else load ``MODEL.WEIGHTS``.
+
+        Raises:
+            InputError: the file is at fault, or the run is already longer than ``SOLVER.MAX_ITER``.
+        """
+        super().resume_or_load(resume)
+        if self.start_iter > self.max_iter:
+            raise InputError(
+                f"SOLVER.MAX_ITER is {self.max_iter}, but the run in {self.cfg.OUTPUT_DIR} has done {self.start_iter} iterations"
+            )
+        if self.ema and not self.ema.loaded:
+            self.ema.restart()
+
+    def train(self) -> Optional[OrderedDict]:
+        """Train, evaluate, and return the last results of the evaluation, None without any."""
+        self._trainer.seed = self.data_loader.batch_sampler.seed = self.seed
+        self.data_loader.batch_sampler.start_iteration = self.start_iter
+        super().train()
+        return getattr(self, "_last_eval_results", None)
+
+    def run_step(self) -> None:
+        try:
+            super().run_step()
+        except BaseException:
+            self.iter -= 1  # the last whole one: hooks must not take a failed last step for the end of the training
+            raise
+        if self.ema:
+            self.ema.update(self.iter)
+
+    def after_train(self) -> None:
+        self.iter = min(self.iter, self.max_iter)  # it is one more where a finished run was resumed
+        if self.iter == self.max_iter:
+            self.weights_checkpointer.save("model_final", iteration=self.max_iter - 1)
+        super().after_train()
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        if state_dict["seed"] != self.seed:
+            self.seed = state_dict["seed"]
+            logger.info("The resumed run goes on with its seed, %d", self.seed)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        logger.info(
+            "%.1f million parameters, %.1f of them trained",
+            sum(p.numel() for p in model.parameters()) / 1e6,
+            trained / 1e6,
+        )
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
+        return build_train_loader(cfg, load_datasets(cfg, cfg.DATASETS.TRAIN, True), CoDETRDatasetMapper(cfg, True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        return build_test_loader(cfg, load_datasets(cfg, [dataset_name], False), CoDETRDatasetMapper(cfg, False))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """The evaluator of the dataset's ``evaluator_type``: COCO's, also where the dataset names none."""
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+        if kind != "coco":
+            raise InputError(f"DATASETS.TEST: {dataset_name} asks for the evaluator {kind!r}; there is only 'coco'")
+        return COCOEvaluator(
+            dataset_name,
+            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
+            max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE),  # at fewer than 100 COCO's AP stays the same
+            allow_cached_coco=False,
+        )
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: Optional[Sequence[DatasetEvaluator]] = None
+    ) -> OrderedDict:
+        """Evaluate on ``DATASETS.TEST``, in the precision of the training."""
+        with autocast(cfg):
+            return super().test(cfg, model, evaluators)
+
+
+class _NoInputErrors(logging.Filter):
+    """detectron2's loop logs an exception with its traceback; the command line prints an ``InputError`` in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and record.exc_info[0] and issubclass(record.exc_info[0], InputError))
+
+
+def setup(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
+    """What each process of a job needs first: loggers, the device, the datasets and the names of their classes.
+
+    Returns:
+        A frozen copy of the config with these filled in.
+
+    Raises:
+        InputError: a dataset is at fault.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    for name in ("fvcore", "detectron2", "codetr_d2"):
+        setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name=name)
+    train_loop = logging.getLogger("detectron2.engine.train_loop")
+    if not any(isinstance(f, _NoInputErrors) for f in train_loop.filters):
+        train_loop.addFilter(_NoInputErrors())
+    logger.info("Process %d of %d. Environment:\n%s", comm.get_rank() + 1, comm.get_world_size(), collect_env_info())
+    device = resolve_device(cfg)
+    if device != cfg.MODEL.DEVICE:
+        logger.warning("MODEL.DEVICE is %s, but there is no GPU: running on the CPU", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = device
+    register_datasets(cfg)
+    cfg.MODEL.CODETR.CLASS_NAMES = class_names(cfg)
+    if not eval_only:
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    cfg.freeze()
+    return cfg
+
+
+def train(cfg: CfgNode, resume: bool = False) -> Optional[OrderedDict]:
+    """Train in this process, one of those of the job. The config is one that :func:`setup` returned.
+
+    Returns:
+        The results of the last evaluation on the main process, empty on others; None without any.
+    """
+    trainer = CoDETRTrainer(cfg)
+    trainer.resume_or_load(resume)
+    if comm.is_main_process():
+        cfg = trainer.cfg.clone()
+        cfg.defrost()
+        cfg.SEED = trainer.seed
+        save_config(cfg)
+    return trainer.train()
+
+
+def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict:
+    """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of ``OUTPUT_DIR``, on ``DATASETS.TEST``.
+
+    Returns:
+        The results on the main process, empty on others.
+    """
+    model = CoDETRTrainer.build_model(cfg)
+    CoDETRCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    results = CoDETRTrainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results

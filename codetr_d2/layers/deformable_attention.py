@@ -1,0 +1,128 @@
+"""Multi-scale deformable attention as a module."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import ms_deform_attn
+
+__all__ = ["MultiScaleDeformableAttention"]
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Attention that samples a few learned points of each feature level around a reference point or box.
+
+    Each query predicts, for every head, level and point, an offset and an attention weight; the weights of a head
+    add up to one over all its levels and points. Source: Deformable DETR (Zhu et al., ICLR 2021), equation 3.
+
+    Args:
+        embed_dim: channels C of queries and values.
+        num_heads: attention heads H; they share the channels equally.
+        num_levels: feature levels L.
+        num_points: sampling points P of each head and level.
+
+    Raises:
+        ValueError: ``embed_dim`` is no multiple of ``num_heads``.
+    """
+
+    def __init__(self, embed_dim: int = 256, num_heads: int = 8, num_levels: int = 4, num_points: int = 4):
+        super().__init__()
+        if embed_dim % num_heads != 0:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+        self.num_points = num_points
+        self.sampling_offsets = nn.Linear(
+            embed_dim, num_heads * num_levels * num_points * 2
+        )  # (head, level, point, xy)
+        self.attention_weights = nn.Linear(embed_dim, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The heads look in directions spread over the circle, point i goes i + 1 cells far (on the larger axis)."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        distances = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        # [H, 1, 1, 2] * [P, 1] -> [H, L, P, 2]
+        offsets = (directions[:, None, None] * distances[:, None]).expand(-1, self.num_levels, -1, -1)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        value: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: Tensor,
+        level_start_index: Tensor,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from the queries to the values. Residual, dropout and position embedding are the caller's.
+
+        Args:
+            query: [B, Q, C] queries, with their position embedding added.
+            value: [B, S, C] tokens of all levels, without position embedding.
+            reference_points: [B, Q, L, 2] points (x, y) or [B, Q, L, 4] boxes (cx, cy, w, h), in fractions of each
+                level's map, padding included. Offsets count cells of the level, or for a box fractions of its size.
+            spatial_shapes: [L, 2] int64 (height, width) of each level.
+            level_start_index: [L] int64, the index of each level's first token.
+            padding_mask: [B, S] bool, True at tokens that lie in the padding: their value is zero.
+
+        Returns:
+            [B, Q, C].
+
+        Raises:
+            ValueError: sizes that don't fit each other.
+        """
+        self._check(query, value, reference_points, spatial_shapes, level_start_index, padding_mask)
+        batch, num_queries, _ = query.shape
+        points = (batch, num_queries, self.num_heads, self.num_levels, self.num_points)
+        value = self.value_proj(value)
+        if padding_mask is not None:
+            value = value.masked_fill(padding_mask[..., None], 0)
+        value = value.unflatten(2, (self.num_heads, -1))  # [B, S, C] -> [B, S, H, C/H]
+
+        # Locations and softmax at full precision, whatever autocast makes of the linear layers.
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        offsets = self.sampling_offsets(query).to(dtype).view(*points, 2)
+        weights = self.attention_weights(query).to(dtype).view(*points[:3], -1).softmax(-1).view(points)
+        reference_points = reference_points.to(dtype)[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
+        if reference_points.shape[-1] == 2:
+            scale = 1 / spatial_shapes.flip(1).to(dtype)[:, None]  # [L, 1, 2] (1 / width, 1 / height)
+        else:
+            scale = reference_points[..., 2:] * (0.5 / self.num_points)
+        locations = reference_points[..., :2] + offsets * scale  # [B, Q, H, L, P, 2]
+
+        output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
+        return self.output_proj(output)
+
+    def _check(self, query, value, reference_points, spatial_shapes, level_start_index, padding_mask) -> None:
+        levels = self.num_levels
+        if query.dim() != 3 or query.shape[2] != self.embed_dim:
+            raise ValueError(f"query must be [B, Q, {self.embed_dim}], got {tuple(query.shape)}")
+        if value.dim() != 3 or value.shape[0] != query.shape[0] or value.shape[2] != self.embed_dim:
+            raise ValueError(f"value must be [{query.shape[0]}, S, {self.embed_dim}], got {tuple(value.shape)}")
+        allowed = [(*query.shape[:2], levels, size) for size in (2, 4)]
+        if tuple(reference_points.shape) not in allowed:
+            raise ValueError(
+                f"reference_points must be {allowed[0]} or {allowed[1]}, got {tuple(reference_points.shape)}"
+            )
+        if tuple(spatial_shapes.shape) != (levels, 2) or tuple(level_start_index.shape) != (levels,):
+            raise ValueError(
+                f"spatial_shapes must be {(levels, 2)} and level_start_index {(levels,)}, "
+                f"got {tuple(spatial_shapes.shape)} and {tuple(level_start_index.shape)}"
+            )
+        if padding_mask is not None and (padding_mask.shape != value.shape[:2] or padding_mask.dtype != torch.bool):
+            got = f"{padding_mask.dtype} {tuple(padding_mask.shape)}"
+            raise ValueError(f"padding_mask must be bool {tuple(value.shape[:2])}, got {got}")

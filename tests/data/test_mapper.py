@@ -1,0 +1,166 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data.transforms import AugInput, AugmentationList
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from codetr_d2 import add_codetr_config
+from codetr_d2.data import CoDETRDatasetMapper, build_augmentations
+from codetr_d2.errors import InputError
+
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+
+
+@pytest.fixture
+def cfg():
+    cfg = get_cfg()
+    add_codetr_config(cfg)
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MIN_SIZE_TRAIN = (480, 512, 800)
+    cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
+    cfg.INPUT.CROP.TYPE = "absolute_range"
+    cfg.INPUT.CROP.SIZE = [384, 600]
+    return cfg
+
+
+@pytest.fixture
+def record(tmp_path):
+    """A 640 x 480 picture with three rectangles of pure colours, one for each class."""
+    pixels = np.zeros((480, 640, 3), np.uint8)
+    annotations = []
+    for category, (x, y, w, h) in enumerate([(20, 30, 200, 120), (330, 60, 150, 300), (100, 320, 180, 100)]):
+        pixels[y : y + h, x : x + w] = COLOURS[category]
+        annotations.append({"bbox": [x, y, w, h], "bbox_mode": BoxMode.XYWH_ABS, "category_id": category})
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    return {
+        "file_name": str(tmp_path / "x.png"),
+        "width": 640,
+        "height": 480,
+        "image_id": 1,
+        "annotations": annotations,
+    }
+
+
+def pixel_extent(image: torch.Tensor, category: int) -> list[float] | None:
+    """xyxy of the pixels of a class's colour, or None where it has none."""
+    colour = torch.tensor(COLOURS[category]).view(3, 1, 1) > 0
+    mask = ((image >= 128) == colour).all(0)  # half-way to the black background
+    if not mask.any():
+        return None
+    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+    return [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_boxes_stay_with_their_pixels(cfg, record, crop):
+    cfg.INPUT.CROP.ENABLED = crop
+    mapper = CoDETRDatasetMapper(cfg, is_train=True)
+    np.random.seed(0)
+    short_sides, cropped, flipped = set(), 0, 0
+    for _ in range(24):
+        mapped = mapper(record)
+        image, instances = mapped["image"], mapped["instances"]
+        assert image.dtype == torch.uint8 and instances.image_size == tuple(image.shape[1:])
+        assert mapped["file_name"] == record["file_name"] and "annotations" not in mapped
+        short_sides.add(min(instances.image_size))
+        found = dict(zip(instances.gt_classes.tolist(), instances.gt_boxes.tensor.tolist()))
+        for category in range(3):
+            extent = pixel_extent(image, category)
+            if extent is None:  # cropped away, but for slivers that interpolation swallows
+                assert (
+                    category not in found
+                    or min(found[category][2] - found[category][0], found[category][3] - found[category][1]) < 3
+                )
+            else:
+                np.testing.assert_allclose(found[category], extent, atol=4)  # a crop is enlarged up to twice
+        cropped += not np.isclose(image.shape[2] / image.shape[1], 640 / 480, rtol=0.01)
+        flipped += len(found) == 3 and found[0][0] > found[1][0]
+    assert short_sides <= {480, 512, 800} and len(short_sides) == 3
+    assert 0 < flipped < 24
+    assert (4 < cropped < 20) if crop else cropped == 0
+
+
+def test_crop_sizes_are_those_of_detr(cfg):
+    """Before the last resize, a cropped image has sides of 384 to 600 pixels, as far as it is that large."""
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.INPUT.MIN_SIZE_TRAIN = (0,)  # no last resize
+    cfg.INPUT.RANDOM_FLIP = "none"
+    augmentations = build_augmentations(cfg, is_train=True)
+    np.random.seed(1)
+    shapes = []
+    for _ in range(60):
+        aug_input = AugInput(np.zeros((900, 1200, 3), np.uint8))
+        AugmentationList(augmentations)(aug_input)
+        shapes.append(aug_input.image.shape[:2])
+    cropped = np.array([x for x in shapes if x != (900, 1200)])
+    assert 15 <= len(cropped) <= 45
+    assert cropped.min() >= 384 and cropped.max() <= 600
+    assert len(np.unique(cropped)) > 20
+
+
+def test_no_crop_in_evaluation(cfg, record):
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.INPUT.MIN_SIZE_TEST = 240
+    before = copy.deepcopy(record)
+    mapped = CoDETRDatasetMapper(cfg, is_train=False)(record)
+    assert record == before
+    assert mapped["image"].shape == (3, 240, 320)
+    assert (mapped["height"], mapped["width"]) == (480, 640)
+    assert "instances" not in mapped and "annotations" not in mapped
+
+
+def test_objects_that_are_cropped_away_leave_an_image_without_objects(cfg, record):
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = "absolute", [40, 40]
+    record["annotations"] = record["annotations"][2:]
+    mapper = CoDETRDatasetMapper(cfg, is_train=True)
+    np.random.seed(0)
+    counts = {len(mapper(record)["instances"]) for _ in range(20)}
+    assert counts == {0, 1}
+    record["annotations"] = []
+    assert mapper(record)["instances"].gt_boxes.tensor.shape == (0, 4)
+
+
+def test_crowds_are_left_out(cfg, record):
+    record["annotations"][0]["iscrowd"] = 1
+    assert CoDETRDatasetMapper(cfg, is_train=True)(record)["instances"].gt_classes.tolist() == [1, 2]
+
+
+def test_channels_are_in_the_order_of_the_config(cfg, record):
+    cfg.INPUT.RANDOM_FLIP = "none"
+    rgb = CoDETRDatasetMapper(cfg, is_train=False)(record)["image"]
+    cfg.INPUT.FORMAT = "BGR"
+    bgr = CoDETRDatasetMapper(cfg, is_train=False)(record)["image"]
+    assert torch.equal(rgb, bgr.flip(0)) and not torch.equal(rgb, bgr)
+
+
+def test_sizes_and_faulty_files(cfg, record):
+    mapper = CoDETRDatasetMapper(cfg, is_train=True)
+    with pytest.raises(InputError, match="x.png is 640 x 480 pixels"):
+        mapper({**record, "width": 480})
+    without_size = {k: v for k, v in record.items() if k not in ("width", "height")}
+    mapped = mapper(without_size)
+    assert (mapped["width"], mapped["height"]) == (640, 480)
+    with open(record["file_name"], "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(InputError, match="x.png is truncated"):
+        mapper(record)
+
+
+def test_masks_go_with_the_boxes_where_the_model_has_masks(cfg, record):
+    for annotation in record["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    assert not CoDETRDatasetMapper(cfg, is_train=True)(record)["instances"].has("gt_masks")
+    cfg.MODEL.MASK_ON = True
+    cfg.INPUT.CROP.ENABLED = True
+    mapper = CoDETRDatasetMapper(cfg, is_train=True)
+    np.random.seed(0)
+    for _ in range(5):
+        instances = mapper(record)["instances"]
+        expected = instances.gt_masks.get_bounding_boxes().tensor
+        np.testing.assert_allclose(instances.gt_boxes.tensor, expected, atol=1e-3)

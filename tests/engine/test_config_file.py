@@ -1,0 +1,147 @@
+import pytest
+import torch
+
+from codetr_d2.engine import check_config, check_output_dir, load_config
+from codetr_d2.engine.config_file import save_config
+from codetr_d2.errors import InputError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="config.yaml"):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_bases_files_and_command_line_override_each_other(write):
+    write("SOLVER: {BASE_LR: 1, MAX_ITER: 5}\nMODEL: {CODETR: {AUX_HEADS: [atss]}}", "base.yaml")
+    path = write("_BASE_: base.yaml\nSOLVER: {MAX_ITER: 6, IMS_PER_BATCH: 3, WEIGHT_DECAY: 1e-4}\nDATASETS:\n")
+    cfg = load_config(path, ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.STEPS", "(3,)", "SOLVER.GAMMA", "1"])
+    solver = cfg.SOLVER
+    assert (solver.BASE_LR, solver.MAX_ITER, solver.IMS_PER_BATCH, solver.STEPS) == (1.0, 6, 4, (3,))
+    assert isinstance(solver.BASE_LR, float) and isinstance(solver.GAMMA, float) and solver.WEIGHT_DECAY == 1e-4
+    assert cfg.MODEL.CODETR.AUX_HEADS == ["atss"]
+
+
+@pytest.mark.parametrize(
+    "text, opts, message",
+    [
+        ("MODEL: {CODETR: {AUX_HEDS: []}}", [], r"config\.yaml: unknown option MODEL\.CODETR\.AUX_HEDS.*\.AUX_HEADS\?"),
+        ("MODEL: {CODETER: {NUM_CLASSES: 3}}", [], r"config\.yaml.*MODEL\.CODETER\.NUM_CLASSES.*CODETR\.NUM_CLASSES"),
+        ("_BASE_: base.yaml", [], r"base\.yaml: cannot read.*_BASE_ of .*config\.yaml"),
+        ("_BASE_: config.yaml", [], r"config\.yaml: its _BASE_ leads back"),
+        ("MODEL: 3", [], r"config\.yaml: MODEL is a section"),
+        ("MODEL: {CODETR: {NUM_CLASSES: three}}", [], r"NUM_CLASSES must be a int, like 80; got 'three'"),
+        ("SOLVER: {BASE_LR: fast}", [], r"SOLVER\.BASE_LR must be a float.*'fast'"),
+        ("SOLVER: {BASE_LR: {A: 1}}", [], r"SOLVER\.BASE_LR must be a float"),
+        ("- a\n- b", [], r"config\.yaml: a config must be a mapping"),
+        ("MODEL: [", [], r"config\.yaml: not valid YAML.*line"),
+        ("MODEL: !!python/object/apply:os.getcwd []", [], r"not valid YAML"),
+        ("", ["SOLVER.MAXITER", "3"], r"command line: unknown option SOLVER\.MAXITER; did you mean SOLVER\.MAX_ITER\?"),
+        ("", ["SOLVER.MAX_ITER"], r"SOLVER\.MAX_ITER has no value"),
+        ("", ["SOLVER.MAX_ITER", "3", "--resume"], r"--resume: flags must stand before"),
+        ("", ["SOLVER.MAX_ITER", "many"], r"command line: SOLVER\.MAX_ITER must be a int"),
+    ],
+)
+def test_faulty_configs_are_named_with_a_way_out(write, text, opts, message):
+    with pytest.raises(InputError, match=message) as error:
+        load_config(write(text), opts)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"none\.yaml: cannot read"):
+        load_config(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    "opts, processes, message",
+    [
+        (["MODEL.CODETR.AUX_HEADS", "['roi', 'yolo']"], 1, r"AUX_HEADS is 'yolo'; it may be: .*atss"),
+        (["MODEL.CODETR.QUERY_HEAD", "DETR"], 1, r"QUERY_HEAD.*CoDeformableDETRHead"),
+        (["MODEL.CODETR.EVAL_HEAD", "atss", "MODEL.CODETR.AUX_HEADS", "['roi']"], 1, r"EVAL_HEAD.*may be: detr, roi$"),
+        (["MODEL.CODETR.POSITIVE_QUERIES.PADDING", "zeros"], 1, r"PADDING.*negatives, mask"),
+        (["MODEL.CODETR.EMBED_DIM", "100"], 1, r"EMBED_DIM is 100.*ENCODER\.NUM_HEADS \(8\)"),
+        (["MODEL.CODETR.NUM_CLASSES", "0"], 1, r"NUM_CLASSES is 0; it must be greater than 0"),
+        (["SOLVER.IMS_PER_BATCH", "6"], 4, r"IMS_PER_BATCH is 6.*processes times SOLVER\.ACCUMULATE_STEPS \(4\)"),
+        (["SOLVER.IMS_PER_BATCH", "8", "SOLVER.ACCUMULATE_STEPS", "3"], 1, r"IMS_PER_BATCH.*\(3\)"),
+        (["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16"], 1, r"AMP\.DTYPE.*may be: bfloat16$"),
+        (["SOLVER.EMA.ENABLED", "True", "SOLVER.EMA.DECAY", "1.0"], 1, r"EMA\.DECAY is 1\.0"),
+        (["SOLVER.LR_MULTIPLIERS", "['backbone', 0.1]"], 1, r"LR_MULTIPLIERS has the entry 'backbone'"),
+        (["SOLVER.STEPS", "(5, 3)"], 1, r"SOLVER\.STEPS is \(5, 3\); it must rise"),
+        (["SOLVER.STEPS", "(6,)"], 1, r"SOLVER\.STEPS.*SOLVER\.MAX_ITER \(6\)"),
+        (["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "total"], 1, r"CLIP_TYPE.*full_model, norm, value"),
+        (["DATALOADER.SAMPLER_TRAIN", "Random"], 1, r"SAMPLER_TRAIN.*RepeatFactorTrainingSampler"),
+        (["DATASETS.TRAIN", "()"], 1, r"DATASETS\.TRAIN is empty"),
+        (["MODEL.WEIGHTS", "none.pth"], 1, r"MODEL\.WEIGHTS: there is no file none\.pth"),
+    ],
+)
+def test_values_are_checked(config_file, opts, processes, message):
+    cfg = load_config(str(config_file), ["MODEL.META_ARCHITECTURE", "CoDETR", *opts])
+    with pytest.raises(InputError, match=message):
+        check_config(cfg, processes)
+
+
+def test_good_values_pass(config_file):
+    opts = ["MODEL.META_ARCHITECTURE", "CoDETR", "MODEL.CODETR.AUX_HEADS", "['roi', 'roi']"]
+    check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.EVAL_HEAD", "roi2"]), 2)
+    check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.AUX_HEADS", "[]"]))
+
+
+def test_weights_are_not_needed_where_a_run_is_resumed(config_file, tmp_path):
+    cfg = load_config(str(config_file), ["MODEL.WEIGHTS", "none.pth"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
+    check_config(cfg, resume=True)
+    with pytest.raises(InputError, match="none.pth"):
+        check_config(cfg, resume=False)
+
+
+@pytest.fixture
+def folder_of_run(config_file, tmp_path):
+    """An output folder with a checkpoint, and a function (KEY, VALUE, ...) -> config for it."""
+    cfg = load_config(str(config_file))
+    check_output_dir(cfg, resume=False)
+    save_config(cfg)
+    torch.save({}, tmp_path / "run" / "model_0000001.pth")
+    return lambda *opts: load_config(str(config_file), opts)
+
+
+def test_a_run_is_not_overwritten(folder_of_run):
+    with pytest.raises(InputError, match="already holds a run.*--resume.*OUTPUT_DIR"):
+        check_output_dir(folder_of_run(), resume=False)
+    check_output_dir(folder_of_run("SOLVER.MAX_ITER", "9", "SOLVER.BASE_LR", "0.1"), resume=True)
+
+
+def test_logs_alone_are_a_run_too(config_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text("")
+    check_output_dir(load_config(str(config_file)), resume=False)
+    (tmp_path / "run" / "metrics.json").write_text('{"iteration": 19}')
+    with pytest.raises(InputError, match="already holds a run"):
+        check_output_dir(load_config(str(config_file)), resume=False)
+
+
+@pytest.mark.parametrize(
+    "opts, key",
+    [
+        (["MODEL.CODETR.NUM_QUERIES", "7"], r"MODEL\.CODETR\.NUM_QUERIES \(300 there, 7 now\)"),
+        (["DATASETS.TRAIN", "('other',)"], r"DATASETS\.TRAIN"),
+    ],
+)
+def test_another_config_is_not_resumed(folder_of_run, opts, key):
+    with pytest.raises(InputError, match=key):
+        check_output_dir(folder_of_run(*opts), resume=True)
+
+
+def test_options_that_do_not_change_the_weights_may_change(folder_of_run):
+    opts = ["MODEL.CODETR.ACTIVATION_CHECKPOINTING", "True", "MODEL.WEIGHTS", "x.pth", "MODEL.DEVICE", "cuda"]
+    check_output_dir(folder_of_run(*opts), resume=True)
+
+
+def test_a_file_is_no_folder(config_file, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InputError, match="OUTPUT_DIR: cannot use"):
+        check_output_dir(load_config(str(config_file)), resume=False)

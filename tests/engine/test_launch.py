@@ -1,0 +1,112 @@
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+import train_net
+from codetr_d2.engine import run_processes
+from codetr_d2.errors import InputError
+
+
+def finish(process, code=0):
+    output = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == code, output
+    return output
+
+
+def options(**changes):
+    return [str(x) for item in changes.items() for x in (item[0].replace("__", "."), item[1])]
+
+
+def raise_input_error(text):
+    raise InputError(text)
+
+
+def raise_other_error():
+    raise RuntimeError("a fault of our own")
+
+
+def test_one_process_is_this_one():
+    with pytest.raises(InputError, match="^first$"):
+        run_processes(raise_input_error, 1, device="cpu", args=("first",))
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "--config-file is missing"),
+        (["--config-file", "none.yaml"], "none.yaml: cannot read"),
+        (["--config-file", "CONFIG", "--num-gpus", "2"], "use --num-processes 2"),
+        (["--config-file", "CONFIG", "--num-processes", "0"], "must be at least 1"),
+        (["--config-file", "CONFIG", "--num-machines", "2"], "--num-machines needs --dist-url"),
+        (["--config-file", "CONFIG", "--num-processes", "3"], "IMS_PER_BATCH is 4"),
+        (["--config-file", "CONFIG", "DATASETS.TRAIN", "('tiny_none',)"], "'tiny_none'"),
+        (["--config-file", "CONFIG", "--eval-only", "MODEL.WEIGHTS", "none.pth"], "there is no file none.pth"),
+    ],
+)
+def test_mistakes_of_the_user_are_one_line(args, message, config_file, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train_net.main([str(config_file) if x == "CONFIG" else x for x in args])
+    last = capsys.readouterr().err.strip().splitlines()
+    assert exit.value.code == 2 and len(last) == 1 and last[0].startswith("error: ") and message in last[0]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_end(start_process, tmp_path, assert_same_weights):
+    common = options(SOLVER__MAX_ITER=60, SOLVER__CHECKPOINT_PERIOD=5, DATALOADER__NUM_WORKERS=2, SOLVER__EMA__ENABLED=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    whole = start_process(*common, "OUTPUT_DIR", tmp_path / "whole", **pipes)
+    finish(whole)
+
+    folder = tmp_path / "run"
+    killed = start_process(*common, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not (folder / "model_0000019.pth").exists():
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (folder / "model_final.pth").exists()
+
+    output = finish(start_process(*common, **pipes), code=2)  # without --resume nothing is overwritten
+    assert output.strip().splitlines()[-1].startswith("error: OUTPUT_DIR")
+    finish(start_process("--resume", *common, **pipes))
+    for name in ("model_0000059.pth", "model_final.pth"):
+        assert_same_weights(tmp_path / "whole" / name, folder / name)
+    logs = [
+        [json.loads(line)["iteration"] for line in (f / "metrics.json").read_text().splitlines()]
+        for f in (tmp_path / "whole", folder)
+    ]
+    assert logs[0] == logs[1]
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_like_one(start_process, tmp_path, assert_same_weights):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    common = options(MODEL__CODETR__ENCODER__DROPOUT=0.0, SOLVER__MAX_ITER=8, TEST__EVAL_PERIOD=4, SOLVER__EMA__ENABLED=True)
+    finish(start_process(*common, "OUTPUT_DIR", tmp_path / "one", **pipes))
+    finish(start_process("--num-processes", 2, *common, "OUTPUT_DIR", tmp_path / "two", **pipes))
+    assert_same_weights(tmp_path / "one" / "model_final.pth", tmp_path / "two" / "model_final.pth", tolerance=1e-5)
+    assert_same_weights(tmp_path / "one" / "model_0000007.pth", tmp_path / "two" / "model_0000007.pth", tolerance=1e-5)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.json").read_text().splitlines()] for name in ("one", "two")
+    )
+    assert [entry["iteration"] for entry in one] == [entry["iteration"] for entry in two]
+    for a, b in zip(one, two):
+        for key in a.keys() & {"bbox/AP", "bbox/AP50", "total_loss", "loss_box", "grad_norm"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-3)
+    assert "bbox/AP" in one[-1]
+
+    # A mistake that only a process of its own can find is still one line.
+    output = finish(start_process("--num-processes", 2, "DATASETS.TRAIN", "('tiny_none',)", **pipes), code=2)
+    assert output.strip().splitlines()[-1].startswith("error: ") and output.count("error: ") == 1
+
+
+@pytest.mark.slow
+def test_other_errors_of_a_process_keep_their_traceback():
+    with pytest.raises(Exception, match="a fault of our own"):
+        run_processes(raise_other_error, 2, device="cpu")

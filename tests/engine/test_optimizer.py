@@ -1,0 +1,120 @@
+import copy
+import logging
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.solver import build_lr_scheduler
+from torch import nn
+
+from codetr_d2 import add_codetr_config
+from codetr_d2.engine.optimizer import build_optimizer, clip_full_model, schedule_in_iterations
+
+
+@pytest.fixture
+def cfg():
+    cfg = get_cfg()
+    add_codetr_config(cfg)
+    cfg.SOLVER.BASE_LR = 0.1
+    cfg.SOLVER.WEIGHT_DECAY = 0.01
+    return cfg
+
+
+def make_model():
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "norm": nn.LayerNorm(2), "backbone_norm": nn.LayerNorm(2)})
+    model["norm"].bias.requires_grad_(False)
+    return model
+
+
+def test_learning_rates_follow_the_first_multiplier_that_fits(cfg):
+    cfg.SOLVER.LR_MULTIPLIERS = [["backbone.bias", 0.5], ["backbone", 0.1]]
+    model = make_model()
+    optimizer = build_optimizer(cfg, model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {
+        "backbone.weight": pytest.approx(0.01),
+        "backbone.bias": pytest.approx(0.05),
+        "norm.weight": pytest.approx(0.1),
+        "backbone_norm.weight": pytest.approx(0.01),
+        "backbone_norm.bias": pytest.approx(0.01),
+    }
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert len(optimizer.param_groups) == 3
+    assert all(group["weight_decay"] == 0.01 for group in optimizer.param_groups)
+
+
+def test_a_multiplier_without_effect_is_reported(cfg, caplog):
+    cfg.SOLVER.LR_MULTIPLIERS = [["bakbone", 0.1]]
+    with caplog.at_level(logging.WARNING):
+        build_optimizer(cfg, make_model())
+    assert "bakbone" in caplog.text
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+@pytest.mark.parametrize("limit", [0.5, 1e3])
+def test_full_model_clipping_is_that_of_torch(cfg, norm_type, limit):
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = limit
+    cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = norm_type
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape) if parameter.requires_grad else None
+    expected = copy.deepcopy(model)
+    for a, b in zip(model.parameters(), expected.parameters()):
+        b.grad = None if a.grad is None else a.grad.clone()
+    norm = clip_full_model(build_optimizer(cfg, model), cfg)
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(expected.parameters(), limit, norm_type))
+    for a, b in zip(model.parameters(), expected.parameters()):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_without_clipping_the_gradient_stays(cfg):
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    norm = clip_full_model(build_optimizer(cfg, model), cfg)
+    assert all((p.grad == 100).all() for p in model.parameters())
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    torch.testing.assert_close(norm, torch.tensor(100.0 * count**0.5))
+
+
+@pytest.mark.parametrize("kind", ["value", "norm"])
+def test_clipping_of_each_parameter_is_detectron2s(cfg, kind):
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = kind
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.25
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    build_optimizer(cfg, model).step()
+    gradient = model["backbone"].weight.grad
+    torch.testing.assert_close(gradient.max() if kind == "value" else gradient.norm(), torch.tensor(0.25))
+
+
+def test_epochs_become_iterations(cfg):
+    cfg.SOLVER.IMS_PER_BATCH = 16
+    cfg.SOLVER.MAX_EPOCHS = 12
+    cfg.SOLVER.STEPS_EPOCHS = (11,)
+    cfg.freeze()
+    result = schedule_in_iterations(cfg, 118287)
+    assert result.SOLVER.MAX_ITER == 88716  # 12 * 118287 / 16 = 88715.25
+    assert result.SOLVER.STEPS == (81322,)  # 11 * 118287 / 16 = 81322.3
+    assert cfg.SOLVER.MAX_ITER == 40000
+
+
+def test_epochs_of_few_images_give_a_schedule_that_can_be_built(cfg):
+    cfg.SOLVER.IMS_PER_BATCH = 16
+    cfg.SOLVER.MAX_EPOCHS = 8
+    cfg.SOLVER.STEPS_EPOCHS = (3, 4, 8)
+    result = schedule_in_iterations(cfg, 4)
+    assert (result.SOLVER.MAX_ITER, result.SOLVER.STEPS) == (2, (1,))
+    result.SOLVER.WARMUP_ITERS = 0
+    scheduler = build_lr_scheduler(result, build_optimizer(result, make_model()))
+    assert scheduler.get_last_lr()[0] == pytest.approx(0.1)
+
+
+def test_a_schedule_in_iterations_stays(cfg):
+    assert schedule_in_iterations(cfg, 10) is cfg

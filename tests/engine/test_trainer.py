@@ -1,0 +1,290 @@
+import json
+import logging
+import math
+import os
+
+import pytest
+import torch
+from detectron2.engine import DefaultPredictor
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
+from codetr_d2.engine import evaluate
+from codetr_d2.engine.hooks import drop_metrics_from
+from codetr_d2.engine.trainer import CoDETRTrainer, StepTrainer
+from codetr_d2.errors import InputError
+
+FULL_CLIPPING = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model")
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_is_needed(run_training, tmp_path):
+    opts = ("SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 2, "SOLVER.EMA.ENABLED", True, *FULL_CLIPPING)
+    trainer = run_training(*opts)
+    folder = tmp_path / "run"
+    assert {"model_0000003.pth", "model_0000004.pth", "model_0000005.pth"} == set(
+        name for name in os.listdir(folder) if name.startswith("model_0")
+    )
+    assert (folder / "last_checkpoint").read_text() == "model_0000005.pth"
+    assert trainer._last_eval_results["bbox"]["AP"] >= 0
+    assert any(name.startswith("events.out.tfevents") for name in os.listdir(folder))
+    entries = metrics_of(folder)
+    assert [entry["iteration"] for entry in entries if "bbox/AP" in entry] == [1, 3, 6]
+    assert {"total_loss", "loss_cls", "loss_box", "grad_norm", "lr", "data_time"} <= entries[-2].keys()
+
+    # Files to deploy hold the moving average and nothing of the training; detectron2's own predictor reads them.
+    final, last = load(folder / "model_final.pth"), load(folder / "model_0000005.pth")
+    assert final.keys() == load(folder / "model_best.pth").keys() == {"model", "iteration"}
+    assert {"model", "ema", "trainer"} <= last.keys()
+    assert torch.equal(final["model"]["box_embed.weight"], last["ema"]["box_embed.weight"])
+    assert not torch.equal(final["model"]["box_embed.weight"], last["model"]["box_embed.weight"])
+    cfg = trainer.cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
+    predictor = DefaultPredictor(cfg)
+    assert torch.equal(predictor.model.box_embed.weight, last["ema"]["box_embed.weight"])
+    assert cfg.MODEL.CODETR.CLASS_NAMES == ["class0", "class1", "class2"]
+
+    # Evaluation by itself gives what the training's last one gave: from the final file, and from the training checkpoint.
+    for weights in ("model_final.pth", "model_0000005.pth"):
+        cfg.MODEL.WEIGHTS = str(folder / weights)
+        assert evaluate(cfg)["bbox"] == pytest.approx(trainer._last_eval_results["bbox"], nan_ok=True)
+
+
+class Regression(nn.Module):
+    """Mean squared error over the batch of numbers that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1, dtype=torch.float64)
+        self.scale = 1.0
+
+    def forward(self, batch):
+        x = torch.stack([sample["x"] for sample in batch])
+        error = self.layer(x).squeeze(1) - x.prod(1)
+        return {"loss_a": (error**2).mean() * self.scale, "loss_b": error.abs().mean()}
+
+
+def step_trainer(cfg, batches, model):
+    return StepTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=0.1), cfg)
+
+
+def random_batches(n, size):
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(n, size, 2, generator=generator, dtype=torch.float64)
+    return [[{"x": x, "file_name": f"image{i}.png"} for i, x in enumerate(batch)] for batch in points]
+
+
+def test_accumulated_micro_batches_equal_the_whole_batch(make_config):
+    results = {}
+    for steps in (1, 4):
+        torch.manual_seed(0)
+        trainer = step_trainer(make_config("SOLVER.ACCUMULATE_STEPS", steps), random_batches(3, 8), Regression())
+        with EventStorage() as storage:
+            for trainer.iter in range(3):
+                trainer.run_step()
+        results[steps] = (trainer.model.layer.weight.detach(), storage.latest())
+    torch.testing.assert_close(results[1][0], results[4][0], rtol=1e-12, atol=1e-12)
+    for name in ("loss_a", "loss_b", "total_loss", "grad_norm"):
+        assert results[4][1][name][0] == pytest.approx(results[1][1][name][0])
+
+
+def test_a_step_is_clipped_over_the_whole_model(make_config):
+    torch.manual_seed(0)
+    cfg = make_config(*FULL_CLIPPING, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.01)
+    model = Regression()
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer = step_trainer(cfg, random_batches(1, 4), model)
+    with EventStorage() as storage:
+        trainer.run_step()
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters())])
+    assert moved.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)  # learning rate times the clipped norm
+    assert storage.latest()["grad_norm"][0] > 0.01
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_config, scale):
+    model = Regression()
+    model.scale = scale
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = step_trainer(make_config(), random_batches(1, 2), model)
+    trainer.iter = 41
+    with EventStorage(), pytest.raises(FloatingPointError, match=r"iteration 41.*loss_a=.*image0\.png, image1\.png"):
+        trainer.run_step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_gradient_that_is_not_finite_stops_too(make_config):
+    class RootOfZero(Regression):
+        def forward(self, batch):
+            return {"loss": (self.layer.weight * 0).sum().sqrt()}  # 0, with an infinite derivative times 0
+
+    with EventStorage(), pytest.raises(FloatingPointError, match="not finite: grad_norm=nan"):
+        step_trainer(make_config(), random_batches(1, 2), RootOfZero()).run_step()
+
+
+def test_an_error_of_detectron2s_rpn_names_iteration_and_images(make_config):
+    class Diverged(Regression):
+        def forward(self, batch):
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+
+    with EventStorage(), pytest.raises(FloatingPointError, match=r"iteration 0: Predicted boxes.*image1\.png"):
+        step_trainer(make_config(), random_batches(1, 2), Diverged()).run_step()
+
+
+def test_a_diverged_run_keeps_its_checkpoints_and_is_not_evaluated(make_config, tmp_path):
+    trainer = CoDETRTrainer(make_config("SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 4))
+    run_step = trainer.run_step
+
+    def run_step_with_fault():
+        if trainer.iter == 3:  # the last one
+            with torch.no_grad():
+                trainer.model.class_embed.bias.fill_(math.nan)
+        run_step()
+
+    trainer.run_step = run_step_with_fault
+    with pytest.raises(FloatingPointError, match=r"iteration 3.*loss_cls=nan.*\.png"):
+        trainer.train()
+    assert not hasattr(trainer, "_last_eval_results")
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert not (tmp_path / "run" / "model_final.pth").exists()
+    assert all(x.isfinite().all() for x in load(tmp_path / "run" / "model_0000001.pth")["model"].values())
+
+
+def test_bfloat16_on_the_cpu(run_training, make_config):
+    opts = ("SOLVER.AMP.ENABLED", True, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()")
+    trainer = run_training(*opts)
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+    seen = []
+    trainer.model.class_embed.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer.model.train()
+    seen.clear()
+    with EventStorage():
+        trainer.run_step()
+        cfg = make_config(*opts, "DATASETS.TEST", "('tiny_test',)")
+        trainer.test(cfg, trainer.model)
+    assert len(seen) == 6 and set(seen) == {torch.bfloat16}  # one step, five images
+
+
+RESUME = (
+    *("DATALOADER.NUM_WORKERS", 2, "SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.EMA.ENABLED", True, "SOLVER.MAX_ITER", 8),
+    *("TEST.EVAL_PERIOD", 4, "SOLVER.EMA.WARMUP_ITERS", 3, *FULL_CLIPPING),
+)
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(run_training, make_config, tmp_path, assert_same_weights):
+    run_training(*RESUME, "OUTPUT_DIR", tmp_path / "whole")
+
+    trainer = CoDETRTrainer(make_config(*RESUME))
+    run_step = trainer.run_step
+
+    def run_step_until_interrupted():
+        if trainer.iter == 5:
+            raise KeyboardInterrupt
+        run_step()
+
+    trainer.run_step = run_step_until_interrupted
+    trainer.resume_or_load(False)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    torch.manual_seed(99)  # nothing may depend on the state that the process happens to be in
+    resumed = run_training(*RESUME, resume=True)
+    assert resumed.start_iter == 3
+
+    for name in ("model_0000005.pth", "model_0000007.pth", "model_best.pth", "model_final.pth"):
+        assert_same_weights(tmp_path / "whole" / name, tmp_path / "run" / name)
+    whole, again = load(tmp_path / "whole" / "model_0000007.pth"), load(tmp_path / "run" / "model_0000007.pth")
+    for name, value in whole["ema"].items():
+        assert torch.equal(value, again["ema"][name])
+    assert whole["trainer"]["hooks"] == again["trainer"]["hooks"]
+    entries = [
+        [{k: v for k, v in entry.items() if "bbox" in k or k == "iteration"} for entry in metrics_of(tmp_path / folder)]
+        for folder in ("whole", "run")
+    ]
+    assert str(entries[0]) == str(entries[1])  # as text, where nan equals nan
+
+
+def test_resuming_a_finished_run_evaluates_it_again(run_training, tmp_path):
+    first = run_training("SOLVER.MAX_ITER", 2)
+    iterations = [entry["iteration"] for entry in metrics_of(tmp_path / "run")]
+    again = run_training("SOLVER.MAX_ITER", 2, resume=True)
+    assert again.start_iter == 2
+    assert again._last_eval_results["bbox"] == pytest.approx(first._last_eval_results["bbox"], nan_ok=True)
+    assert [entry["iteration"] for entry in metrics_of(tmp_path / "run")] == iterations
+
+
+def test_a_run_can_be_prolonged_but_not_shortened(run_training, tmp_path):
+    run_training("SOLVER.MAX_ITER", 3, "DATASETS.TEST", "()")
+    assert run_training("SOLVER.MAX_ITER", 5, "DATASETS.TEST", "()", resume=True).start_iter == 3
+    with pytest.raises(InputError, match="MAX_ITER is 4.*has done 5"):
+        run_training("SOLVER.MAX_ITER", 4, "DATASETS.TEST", "()", resume=True)
+
+
+def test_a_drawn_seed_is_kept(run_training):
+    opts = ("SEED", -1, "DATASETS.TEST", "()")
+    first = run_training(*opts, "SOLVER.MAX_ITER", 2)
+    second = run_training(*opts, "SOLVER.MAX_ITER", 3, resume=True)
+    assert second.seed == first.seed == second.data_loader.batch_sampler.seed
+    assert run_training(*opts, "SOLVER.MAX_ITER", 1).seed != first.seed
+
+
+def test_another_learning_rate_by_group_is_not_resumed(run_training):
+    opts = ("DATASETS.TEST", "()", "SOLVER.MAX_ITER", 2)
+    run_training(*opts)
+    with pytest.raises(InputError, match="LR_MULTIPLIERS"):
+        run_training(*opts, "SOLVER.LR_MULTIPLIERS", "[['backbone', 0.1]]", resume=True)
+
+
+def test_epochs_set_the_length_of_the_run(run_training):
+    trainer = run_training("SOLVER.MAX_EPOCHS", 1, "SOLVER.STEPS_EPOCHS", "(0.5,)", "DATASETS.TEST", "()")
+    assert trainer.iter == 4  # 14 images in batches of 4
+
+
+def test_a_metric_that_does_not_exist_is_reported_once(run_training, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "detectron2"):
+        logging.getLogger("detectron2").propagate = True
+        run_training("TEST.BEST_CHECKPOINT_METRIC", "segm/AP", "TEST.EVAL_PERIOD", 2)
+        logging.getLogger("detectron2").propagate = False
+    assert caplog.text.count("'segm/AP'") == 1 and "bbox/AP50" in caplog.text
+    assert (tmp_path / "run" / "model_final.pth").exists()
+    assert not (tmp_path / "run" / "model_best.pth").exists()
+
+
+def test_metrics_from_an_iteration_on_are_dropped(tmp_path):
+    path = tmp_path / "metrics.json"
+    lines = [json.dumps({"iteration": i, "loss": 1.0}) for i in (19, 39, 59)]
+    path.write_text("\n".join([*lines, '{"iteration": 5'])) # the last line is not whole
+    drop_metrics_from(str(path), 40)
+    assert path.read_text().splitlines() == lines[:2]
+    drop_metrics_from(str(tmp_path / "none.json"), 40)
+    assert os.listdir(tmp_path) == ["metrics.json"]
+
+
+def test_unknown_evaluators_are_named(make_config):
+    from detectron2.data import MetadataCatalog
+
+    MetadataCatalog.get("tiny_odd").set(evaluator_type="panoptic")
+    with pytest.raises(InputError, match="tiny_odd.*'panoptic'"):
+        CoDETRTrainer.build_evaluator(make_config(), "tiny_odd")
+
+
+def test_training_starts_from_the_average_of_another_run(run_training, make_config, tmp_path):
+    run_training("SOLVER.EMA.ENABLED", True, "DATASETS.TEST", "()")
+    path = tmp_path / "run" / "model_0000005.pth"
+    cfg = make_config("MODEL.WEIGHTS", path, "OUTPUT_DIR", tmp_path / "next", "SOLVER.EMA.ENABLED", True)
+    trainer = CoDETRTrainer(cfg)
+    trainer.resume_or_load(False)
+    average = load(path)["ema"]["box_embed.weight"]
+    assert torch.equal(trainer.model.box_embed.weight, average)
+    assert torch.equal(trainer.ema.state_dict()["box_embed.weight"], average)
+    assert isinstance(trainer.checkpointer, CoDETRCheckpointer)

@@ -1,0 +1,367 @@
+"""The deformable attention operator: its backends against loops, each other and finite differences."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import codetr_d2
+from codetr_d2.errors import InputError
+from codetr_d2.ops import active_backend, ms_deform_attn, ms_deform_attn_eager, set_backend
+
+PACKAGE = Path(codetr_d2.__file__).parent
+HAS_LIBRARY = any(PACKAGE.glob("_C.*"))
+HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+# Where there is a compiler, a library that was not built is a failure, not a reason to skip.
+needs_cpp = pytest.mark.skipif(not HAS_LIBRARY and not HAS_COMPILER, reason="no C++ compiler, so no C++ library")
+BACKENDS = [pytest.param("cpp", marks=needs_cpp), "eager"]
+OP = torch.ops.codetr_d2.ms_deform_attn
+
+
+@pytest.fixture(autouse=True)
+def restore_backend():
+    yield
+    set_backend("auto")
+
+
+def make_inputs(shapes, batch=2, queries=7, heads=3, head_dim=8, points=4, dtype=torch.float32, seed=0):
+    """Inputs whose locations lie inside, on the border cells and outside, and away from the kinks at cell centres."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*size):
+        return torch.rand(size, generator=generator, dtype=torch.float64)
+
+    spatial_shapes = torch.tensor(shapes, dtype=torch.int64).reshape(-1, 2)
+    sizes = spatial_shapes.prod(1)
+    level_start_index = sizes.cumsum(0) - sizes
+    width_height = spatial_shapes.flip(1)[:, None].double()
+    points_shape = (batch, queries, heads, len(shapes), points)
+    cells = (rand(*points_shape, 2) * (width_height + 4)).floor() - 2  # from -2 to size + 1
+    locations = (cells + 0.1 + 0.8 * rand(*points_shape, 2) + 0.5) / width_height.clamp(min=1)
+    value = rand(batch, int(sizes.sum()), heads, head_dim) * 2 - 1
+    weights = rand(*points_shape) - 0.3
+    return value.to(dtype), spatial_shapes, level_start_index, locations.to(dtype), weights.to(dtype)
+
+
+def run(function, inputs, grad_output=None):
+    """The output of ``function``, and its gradients of value, locations and weights."""
+    value, shapes, starts, locations, weights = inputs
+    leaves = [x.detach().requires_grad_() for x in (value, locations, weights)]
+    output = function(leaves[0], shapes, starts, *leaves[1:])
+    output.backward(torch.ones_like(output) if grad_output is None else grad_output.to(output.dtype))
+    return output.detach(), *(x.grad for x in leaves)
+
+
+def attend_by_loops(value, spatial_shapes, level_start_index, locations, weights):
+    """The definition, one tap at a time in Python's floats."""
+    batch, queries, heads, levels, points, _ = locations.shape
+    head_dim = value.shape[3]
+    output = torch.zeros(batch, queries, heads, head_dim, dtype=torch.float64)
+    for b, q, h, level, p in torch.cartesian_prod(*map(torch.arange, locations.shape[:5])).tolist():
+        height, width = spatial_shapes[level].tolist()
+        x = locations[b, q, h, level, p, 0].item() * width - 0.5
+        y = locations[b, q, h, level, p, 1].item() * height - 0.5
+        if not (math.isfinite(x) and math.isfinite(y)):
+            continue
+        for column in (math.floor(x), math.floor(x) + 1):
+            for row in (math.floor(y), math.floor(y) + 1):
+                if 0 <= column < width and 0 <= row < height:
+                    share = (1 - abs(x - column)) * (1 - abs(y - row)) * weights[b, q, h, level, p].item()
+                    token = level_start_index[level].item() + row * width + column
+                    output[b, q, h] += share * value[b, token, h].double()
+    return output.flatten(2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("call", [OP, ms_deform_attn], ids=["op", "function"])
+def test_forward_equals_the_definition(backend, call):
+    set_backend(backend)
+    inputs = make_inputs([(4, 6), (3, 2), (1, 1)], head_dim=5, dtype=torch.float64)
+    locations = inputs[3]
+    locations[0, 0, 0, 0] = torch.tensor(
+        [[0.0, 0.0], [1.0, 1.0], [0.5, 0.5], [1 / 12, 7 / 8]]
+    )  # corners, a cell's centre
+    locations[0, 1, 0, 0] = torch.tensor([[math.nan, 0.5], [0.5, math.inf], [-math.inf, 0.5], [1e30, -1e30]])
+    torch.testing.assert_close(call(*inputs), attend_by_loops(*inputs), rtol=1e-12, atol=1e-12)
+
+
+# Widths of every vector loop and its remainder; levels and points that do and don't fill a vector.
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "levels", "points"),
+    [(1, 1, 1), (5, 4, 4), (8, 2, 3), (16, 5, 4), (32, 4, 4), (43, 3, 1), (64, 4, 8), (72, 1, 5), (96, 2, 2)],
+)
+def test_cpp_equals_eager(head_dim, levels, points, dtype):
+    set_backend("cpp")
+    inputs = make_inputs([(9, 11), (5, 6), (3, 3), (2, 1), (1, 1)][:levels], head_dim=head_dim, points=points)
+    # The locations are given in the type that the operator computes in.
+    inputs = [x.to(torch.promote_types(dtype, torch.float32)) if x.is_floating_point() else x for x in inputs]
+    inputs[0] = inputs[0].to(dtype)
+    grad_output = torch.randn(2, 7, 3 * head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    results = run(OP, inputs, grad_output)
+    exact = run(ms_deform_attn_eager, [x.double() if x.is_floating_point() else x for x in inputs], grad_output)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5}[dtype]
+    for name, result, expected in zip(("output", "value", "locations", "weights"), results, exact):
+        rounded = dtype == torch.bfloat16 and name in ("output", "value")  # sums are float32, then rounded once
+        relative = 2**-8 if rounded else tolerance
+        scale = expected.abs().max().item()
+        assert result.dtype == (dtype if name in ("output", "value") else inputs[3].dtype)
+        torch.testing.assert_close(result.double(), expected, rtol=relative, atol=tolerance * scale, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_throughout(backend):
+    """Locations and weights in bfloat16 are taken as the numbers they are; their gradients come in bfloat16."""
+    set_backend(backend)
+    inputs = make_inputs([(5, 7), (2, 3)], dtype=torch.bfloat16)
+    results = run(OP, inputs)
+    exact = run(ms_deform_attn_eager, [x.double() if x.is_floating_point() else x for x in inputs])
+    for result, expected in zip(results, exact):
+        assert result.dtype == torch.bfloat16
+        torch.testing.assert_close(result.double(), expected, rtol=2**-7, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_equal_finite_differences(backend):
+    set_backend(backend)
+    value, shapes, starts, locations, weights = make_inputs(
+        [(3, 4), (2, 2)], batch=1, queries=3, heads=2, head_dim=3, points=2, dtype=torch.float64
+    )
+    leaves = [x.requires_grad_() for x in (value, locations, weights)]
+    assert torch.autograd.gradcheck(lambda v, loc, w: OP(v, shapes, starts, loc, w), leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(backend, dtype):
+    """Schema, fake tensors, autograd registration, and tracing by the compiler with dynamic shapes."""
+    set_backend(backend)
+    inputs = make_inputs([(3, 4), (2, 2)], queries=5, dtype=dtype)
+    torch.library.opcheck(OP, [x.requires_grad_() if x.is_floating_point() else x for x in inputs])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_locations_that_sample_nothing(backend, dtype):
+    """Outside, infinite and NaN locations give zeros and zero gradients, whatever stands in the feature map."""
+    set_backend(backend)
+    value, shapes, starts, locations, weights = make_inputs([(4, 5), (2, 3)], queries=9, dtype=dtype)
+    value[:] = math.inf
+    outside = [math.nan, math.inf, -math.inf, -0.6, 1.6, 3e38, -3e38, -7e9, 7e9]
+    for query, bad in enumerate(outside):
+        locations[:, query] = 0.5
+        locations[:, query, ..., query % 2] = bad
+    output, *grads = run(OP, (value, shapes, starts, locations, weights))
+    for x in (output, *grads):
+        assert torch.equal(x, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_inputs(backend):
+    set_backend(backend)
+    inputs = make_inputs([(4, 5), (2, 3)])
+    strided = [x.repeat_interleave(2, 1)[:, ::2].mT.contiguous().mT if x.is_floating_point() else x for x in inputs]
+    strided[1] = inputs[1].t().contiguous().t()
+    strided[2] = inputs[2].repeat_interleave(2)[::2]
+    assert not any(x.is_contiguous() for x in strided)
+    grad_output = torch.randn(7, 2, 24).transpose(0, 1)
+    for result, expected in zip(run(OP, strided, grad_output), run(OP, inputs, grad_output.contiguous())):
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("call", [OP, ms_deform_attn], ids=["op", "function"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"queries": 0},
+        {"batch": 0},
+        {"points": 0},
+        {"shapes": []},
+        {"shapes": [(0, 0)]},
+        {"shapes": [(3, 4), (0, 5), (2, 0), (1, 2)]},
+    ],
+    ids=str,
+)
+def test_empty_sizes(backend, call, sizes):
+    set_backend(backend)
+    inputs = make_inputs(**{"shapes": [(3, 4), (1, 2)], **sizes})
+    results = run(call, inputs)
+    expected = run(ms_deform_attn_eager, inputs)
+    assert results[0].shape == (inputs[0].shape[0], inputs[3].shape[1], 24)
+    for x, y in zip(results, expected):
+        torch.testing.assert_close(x, y)
+    assert results[0].abs().sum() == 0 or len(sizes.get("shapes", [])) == 4
+
+
+@needs_cpp
+def test_threads_change_no_bit():
+    """Nothing is summed by two threads, however the work is split."""
+    set_backend("cpp")
+    inputs = make_inputs([(9, 11), (5, 6)], queries=100, heads=4, head_dim=32)
+    threads = torch.get_num_threads()
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+            results = []
+            for count in (1, 2, 3):  # four heads share out evenly over one and two threads, not over three
+                torch.set_num_threads(count)
+                results.append(run(OP, inputs))
+            for others in results[1:]:
+                assert all(torch.equal(x, y) for x, y in zip(results[0], others))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, lambda x: x[0], r"value must be \[B, S, heads, D\]"),
+        (0, lambda x: x[:, :-1], r"level 1 of size 2 x 3 does not fit the 25 tokens"),
+        (0, lambda x: torch.cat([x, x], 1), r"spatial_shapes hold 26 tokens, value has 52"),
+        (0, lambda x: x.half(), r"value must be float32, bfloat16 or float64"),
+        (1, lambda x: x.int(), r"spatial_shapes must be int64 \[L, 2\]"),
+        (1, lambda x: -x, r"level 0 has a negative size"),
+        (1, lambda x: x * 2**31, r"level 0 of size .* does not fit"),
+        (2, lambda x: x[:1], r"level_start_index must be int64 \[2\]"),
+        (2, lambda x: x + 1, r"level 0 must start at token 0"),
+        (3, lambda x: x[..., :1], r"sampling_locations must be \[2, Q, 3, 2, P, 2\]"),
+        (3, lambda x: x[:1], r"sampling_locations must be \[2, Q, 3, 2, P, 2\]"),
+        (3, lambda x: x.long(), r"must be floating point"),
+        (4, lambda x: x[:, :2], r"attention_weights must be \[2, 7, 3, 2, 4\]"),
+    ],
+)
+def test_sizes_that_do_not_fit(index, change, message):
+    set_backend("cpp")
+    inputs = list(make_inputs([(4, 5), (2, 3)]))
+    inputs[index] = change(inputs[index])
+    with pytest.raises(RuntimeError, match=message):
+        OP(*inputs)
+
+
+def test_half_precision_takes_eager_on_the_cpu():
+    inputs = make_inputs([(4, 5), (2, 3)])
+    half = [x.half() if index == 0 else x for index, x in enumerate(inputs)]
+    result = ms_deform_attn(*half)
+    assert result.dtype == torch.float16
+    torch.testing.assert_close(result.float(), ms_deform_attn(*inputs), rtol=1e-2, atol=1e-2)
+
+
+def test_choice_of_backend():
+    with pytest.raises(InputError, match="MODEL.MS_DEFORM_ATTN is 'fast': it must be one of auto, cpp, eager"):
+        set_backend("fast")
+    set_backend("eager")
+    assert active_backend("cpu") == ("eager", "asked for")
+    assert active_backend("cuda")[0] == "eager"
+    set_backend("auto")
+    assert active_backend(torch.device("cuda", 0)) == ("eager", "there is no compiled kernel for cuda")
+
+
+@needs_cpp
+def test_cpp_is_the_choice_of_auto():
+    name, why = active_backend("cpu")
+    assert name == "cpp" and "kernels" in why
+    set_backend("cpp")
+    with pytest.raises(InputError, match="runs on the CPU; on cuda, take 'auto'"):
+        active_backend("cuda")
+
+
+def run_copy(folder, script, library, **environment):
+    """Run ``script`` in a new process, with a copy of ``codetr_d2.ops`` alone that has the compiled library or not."""
+    package = folder / "codetr_d2"
+    shutil.copytree(PACKAGE / "ops", package / "ops", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in [PACKAGE / "errors.py", *(PACKAGE.glob("_C.*") if library else [])]:
+        shutil.copy(file, package)
+    (package / "__init__.py").touch()  # the other rooms take long to import and don't matter here
+    environment = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_cpp
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_kernels_of_older_processors(capability, tmp_path):
+    """The tests above use the processor's best instruction set; the others agree with it."""
+    script = """
+import torch
+from codetr_d2.ops import active_backend
+results = []
+for inputs in torch.load("inputs.pt", weights_only=True):
+    for x in inputs:
+        x.requires_grad_(x.is_floating_point())
+    output = torch.ops.codetr_d2.ms_deform_attn(*inputs)
+    output.sum().backward()
+    results.append([output.detach(), inputs[0].grad, inputs[3].grad, inputs[4].grad])
+torch.save((active_backend("cpu"), results), "results.pt")
+"""
+    cases = []
+    for head_dim in (5, 8, 32, 72):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            value, *others = make_inputs([(9, 11), (5, 6), (1, 1)], head_dim=head_dim)
+            cases.append([value.to(dtype), *others])
+    torch.save(cases, tmp_path / "inputs.pt")
+    run_copy(tmp_path, script, library=True, ATEN_CPU_CAPABILITY=capability)
+    (name, why), results = torch.load(tmp_path / "results.pt", weights_only=True)
+    assert name == "cpp" and ({"avx2": "AVX2", "default": "baseline"}[capability] in why or "baseline" in why)
+    set_backend("cpp")
+    for inputs, result in zip(cases, results):
+        for index, (x, y) in enumerate(zip(result, run(OP, inputs))):
+            low = inputs[0].dtype == torch.bfloat16 and index < 2
+            torch.testing.assert_close(x, y, rtol=2**-7 if low else 1e-5, atol=1e-4 * y.abs().max().item())
+
+
+def test_without_the_library(tmp_path):
+    """A package without the compiled library computes the same, warns once and names the command that builds it."""
+    script = """
+import warnings, torch
+from codetr_d2.errors import InputError
+from codetr_d2.ops import active_backend, ms_deform_attn, set_backend
+inputs = torch.load("inputs.pt", weights_only=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    outputs = [call(*inputs) for call in (torch.ops.codetr_d2.ms_deform_attn, ms_deform_attn) * 2]
+caught = [str(x.message) for x in caught if "Deformable attention" in str(x.message)]
+assert len(caught) == 1 and "pip install --no-build-isolation --no-deps -e ." in caught[0], caught
+name, why = active_backend("cpu")
+assert name == "eager" and "not built" in why and "pip install" in why, why
+try:
+    set_backend("cpp")
+except InputError as error:
+    assert "not built" in str(error) and "pip install" in str(error), error
+else:
+    raise AssertionError("cpp was accepted")
+torch.save(outputs, "outputs.pt")
+"""
+    inputs = make_inputs([(4, 5), (2, 3)])
+    torch.save(inputs, tmp_path / "inputs.pt")
+    run_copy(tmp_path, script, library=False)
+    for output in torch.load(tmp_path / "outputs.pt", weights_only=True):
+        torch.testing.assert_close(output, ms_deform_attn(*inputs))
+
+
+def test_library_that_does_not_load(tmp_path):
+    """A library built against another PyTorch, or a broken one, is no error but a reason."""
+    script = """
+from pathlib import Path
+Path("codetr_d2/_C.so").write_bytes(b"not a library")
+from codetr_d2.ops import active_backend
+name, why = active_backend("cpu")
+assert name == "eager" and "can't be loaded" in why and "pip install" in why, why
+"""
+    run_copy(tmp_path, script, library=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("call", [OP, ms_deform_attn], ids=["op", "function"])
+def test_cuda_equals_cpu(call):
+    inputs = make_inputs([(9, 11), (5, 6)], head_dim=32)
+    for result, expected in zip(run(call, [x.cuda() for x in inputs]), run(ms_deform_attn_eager, inputs)):
+        torch.testing.assert_close(result.cpu(), expected, rtol=1e-4, atol=1e-4)

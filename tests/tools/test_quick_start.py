@@ -1,0 +1,157 @@
+"""The report of the quick start, on the output folder of a model that has learnt nothing. Training: tests/end_to_end."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny_run import write_tiny_run
+
+FINAL = {"AP": 61.04, "AP50": 72.5, "AP75": 65.0, "APs": 55.0, "APm": 70.0, "APl": float("nan")}
+
+
+def metrics_lines():
+    lines = [{"iteration": i, "total_loss": 50.0 / (i + 1), "loss_cls": 1.0} for i in range(0, 100, 20)]
+    lines.insert(3, {"iteration": 40, "bbox/AP": 20.0, "bbox/AP50": 30.0})
+    return [*lines, {"iteration": 100} | {f"bbox/{name}": value for name, value in FINAL.items()}]
+
+
+@pytest.fixture
+def quick_start(tool, tmp_path, monkeypatch):
+    """The script, with datasets and outputs in a temporary folder, and the commands that it would run."""
+    prepare_digits = tool("prepare_digits")
+    monkeypatch.setattr(prepare_digits, "NUM_IMAGES", {"train": 2, "test": 9})
+    script = tool("quick_start")
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(script.prepare_efficientnet, "prepare", lambda file: None)
+    monkeypatch.setattr(script, "DATASETS", tmp_path / "datasets")
+    monkeypatch.chdir(tmp_path)  # main() changes the folder: monkeypatch brings it back
+    script.commands = commands
+    return script
+
+
+@pytest.fixture
+def make_run(quick_start, tmp_path):
+    """Write the output folder of a run, finished or not."""
+
+    def make(finished=True):
+        digits = tmp_path / "datasets" / "digits"
+        name = f"{tmp_path.name}_"
+        triples = [[f"{name}{x}", str(digits / x), str(digits / f"{x}.json")] for x in ("train", "test")]
+        output = tmp_path / "output"
+        write_tiny_run(output, triples)
+        lines = metrics_lines()
+        if not finished:
+            (output / "model_final.pth").rename(output / "model_0000059.pth")
+            (output / "last_checkpoint").write_text("model_0000059.pth")
+            lines = lines[:-2]
+        (output / "metrics.json").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        return output
+
+    return make
+
+
+def run_main(script, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["quick_start.py", "digits", *map(str, arguments)])
+    script.main()
+
+
+def test_report_of_a_finished_run(quick_start, make_run, monkeypatch, capsys):
+    output = make_run()
+    run_main(quick_start, monkeypatch, "--output", output)
+    assert quick_start.commands == []  # nothing is trained
+    printed = capsys.readouterr().out
+    assert "holds a finished run" in printed
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    assert [x.strip() for x in table[0].strip("|").split("|")] == list(FINAL)
+    assert [x.strip() for x in table[2].strip("|").split("|")] == ["61.0", "72.5", "65.0", "55.0", "70.0", "nan"]
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["AP"] == {**FINAL, "APl": None}
+    assert summary["next_command"] in printed
+    for file in summary["files"].values():
+        assert file in printed
+    for name in ("predictions.png", "curves.png"):
+        pixels = np.asarray(Image.open(output / name).convert("RGB"))
+        assert min(pixels.shape[:2]) > 400 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+
+
+def test_next_command_works(quick_start, make_run, monkeypatch):
+    output = make_run()
+    run_main(quick_start, monkeypatch, "--output", output)
+    command = json.loads((output / "summary.json").read_text())["next_command"]
+    result = subprocess.run(command, shell=True, cwd=quick_start.ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert {x.name for x in (output / "demo").iterdir()} == {"0001.png", "detections.json"}
+
+
+def test_new_and_interrupted_runs(quick_start, make_run, monkeypatch, tmp_path):
+    output = tmp_path / "output"
+
+    def finish(command):
+        quick_start.commands.append(command)
+        make_run()
+        return SimpleNamespace(returncode=0)
+
+    quick_start.subprocess.run = finish
+    run_main(quick_start, monkeypatch, "--output", output)
+    (command,) = quick_start.commands
+    assert command[1] == "train_net.py" and "--resume" not in command
+    assert command[-2:] == ["OUTPUT_DIR", str(output)]
+    assert (quick_start.ROOT / command[command.index("--config-file") + 1]).is_file()
+    assert json.loads((output / "summary.json").read_text())["resumed"] is False
+
+    quick_start.set_aside(output)
+    make_run(finished=False)
+    run_main(quick_start, monkeypatch, "--output", output)
+    assert "--resume" in quick_start.commands[1]
+    assert json.loads((output / "summary.json").read_text())["resumed"] is True
+
+
+def test_fresh_keeps_the_older_run(quick_start, make_run, monkeypatch, tmp_path):
+    output = make_run()
+
+    def finish(command):
+        assert not output.exists()
+        make_run()
+        return SimpleNamespace(returncode=0)
+
+    quick_start.subprocess.run = finish
+    for i in (1, 2):
+        run_main(quick_start, monkeypatch, "--output", output, "--fresh")
+        assert (tmp_path / f"output.{i}" / "model_final.pth").is_file()
+
+
+def test_training_that_stops(quick_start, monkeypatch, tmp_path):
+    quick_start.subprocess.run = lambda command: SimpleNamespace(returncode=2)
+    with pytest.raises(SystemExit, match="exit code 2.*again to go on"):
+        run_main(quick_start, monkeypatch, "--output", tmp_path / "output")
+
+
+def test_metrics_with_a_line_that_was_cut_off(quick_start, make_run):
+    output = make_run()
+    assert quick_start.is_finished(output)
+    text = (output / "metrics.json").read_text()
+    (output / "metrics.json").write_text(text[:-10])
+    assert [x["iteration"] for x in quick_start.read_metrics(output)] == [0, 20, 40, 60, 80]
+    assert quick_start.read_metrics(output)[2] == {
+        "iteration": 40,
+        "bbox/AP": 20.0,
+        "bbox/AP50": 30.0,
+        "total_loss": 50.0 / 41,
+        "loss_cls": 1.0,
+    }
+    assert not quick_start.is_finished(output)
+
+
+def test_an_unused_folder_is_no_run(quick_start, tmp_path):
+    assert not quick_start.is_finished(tmp_path)
