@@ -12,7 +12,6 @@ Without a GPU everything runs on the CPU, there with --num-processes instead of 
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -54,7 +53,7 @@ def run_job(cfg: CfgNode, args: argparse.Namespace) -> None:
         train(cfg, args.resume)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
         if not args.config_file:

@@ -146,6 +146,8 @@ def process_video(detector: Detector, file: Path, target: Path) -> Iterator[dict
                 size = (drawing.shape[1], drawing.shape[0])
                 rate = video.get(cv2.CAP_PROP_FPS) or 25.0
                 writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+                if not writer.isOpened():
+                    raise InputError(f"{target} cannot be written: this build of OpenCV has no mp4 encoder.")
             writer.write(np.ascontiguousarray(drawing[:, :, ::-1]))
             yield {"file_name": str(file), "frame": progress.n, **entry}
             progress.update()

@@ -82,7 +82,7 @@ def write_coco(file: Path, images: list[dict], annotations: list[dict], categori
         {"id": i, **x, "area": x["bbox"][2] * x["bbox"][3], "iscrowd": 0} for i, x in enumerate(annotations, 1)
     ]
     data = {
-        "info": {"description": f"codetr_d2 quick start: {file.parent.name}"},
+        "info": {"description": "codetr_d2 quick start"},
         "images": images,
         "annotations": annotations,
         "categories": [{"id": i, "name": name} for i, name in enumerate(categories, 1)],

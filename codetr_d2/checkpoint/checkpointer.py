@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from typing import IO, Any, Optional
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ class CoDETRCheckpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, "last_checkpoint")
         atomic_write(path, lambda file: file.write(last_filename_basename.encode()))
 
-    def load(self, path: str, checkpointables: Optional[list[str]] = None) -> dict:
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         wanted = self.checkpointables if checkpointables is None else checkpointables
         self._use_average = "ema" not in wanted
         self._path = path

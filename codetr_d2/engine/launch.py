@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 from detectron2.engine import launch
@@ -14,7 +13,7 @@ from ..errors import InputError
 __all__ = ["run_processes"]
 
 
-def _worker(main: Callable, num_threads: Optional[int], args: tuple) -> None:
+def _worker(main: Callable, num_threads: int | None, args: tuple) -> None:
     if num_threads:
         torch.set_num_threads(num_threads)
     main(*args)

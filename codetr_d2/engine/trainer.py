@@ -8,7 +8,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -153,7 +152,7 @@ def _files(batch: list[dict]) -> list[str]:
 class _WeightsCheckpointer(CoDETRCheckpointer):
     """Saves weights to deploy, the moving average if there is one, and is not for resuming from."""
 
-    def __init__(self, model: nn.Module, save_dir: str, ema: Optional[ModelEMA]):
+    def __init__(self, model: nn.Module, save_dir: str, ema: ModelEMA | None):
         super().__init__(model, save_dir)
         self._ema = ema
 
@@ -256,7 +255,7 @@ class CoDETRTrainer(DefaultTrainer):
         if self.ema and not self.ema.loaded:
             self.ema.restart()
 
-    def train(self) -> Optional[OrderedDict]:
+    def train(self) -> OrderedDict | None:
         """Train, evaluate, and return the last results of the evaluation, None without any."""
         self._trainer.seed = self.data_loader.batch_sampler.seed = self.seed
         self.data_loader.batch_sampler.start_iteration = self.start_iter
@@ -325,7 +324,7 @@ class CoDETRTrainer(DefaultTrainer):
 
     @classmethod
     def test(
-        cls, cfg: CfgNode, model: nn.Module, evaluators: Optional[Sequence[DatasetEvaluator]] = None
+        cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None
     ) -> OrderedDict:
         """Evaluate on ``DATASETS.TEST``, in the precision of the training."""
         with autocast(cfg):
@@ -368,7 +367,7 @@ def setup(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
     return cfg
 
 
-def train(cfg: CfgNode, resume: bool = False) -> Optional[OrderedDict]:
+def train(cfg: CfgNode, resume: bool = False) -> OrderedDict | None:
     """Train in this process, one of those of the job. The config is one that :func:`setup` returned.
 
     Returns:

@@ -127,7 +127,11 @@ def test_another_number_of_classes_is_named(tmp_path):
 def test_a_backbone_alone_is_one_line_of_information(tmp_path, caplog, prefix):
     source, model = Model(), Model()
     start = "backbone.model."
-    weights = {prefix + k.removeprefix(start if prefix != "backbone." else "backbone."): v for k, v in source.state_dict().items() if k.startswith(start)}
+    weights = {
+        prefix + k.removeprefix(start if prefix != "backbone." else "backbone."): v
+        for k, v in source.state_dict().items()
+        if k.startswith(start)
+    }
     torch.save(weights, tmp_path / "backbone.pth")
     with caplog.at_level("INFO"):
         checkpointer = CoDETRCheckpointer(model)

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from recordings import (
+
+from tests.reference.recordings import (
     DEFAULT_DIR,
     build_config,
     build_recorded_model,
@@ -14,7 +15,7 @@ from recordings import (
     find_cases,
     recorded_inputs,
 )
-from run_model import run_inference, run_training
+from tests.reference.run_model import run_inference, run_training
 
 
 def reference_dir(config) -> Path:

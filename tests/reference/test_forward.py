@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from recordings import subsample
+
+from tests.reference.recordings import subsample
 
 TOLERANCE = 1e-4  # features, logits, normalised boxes
 PIXELS = 1e-2

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from sklearn.datasets import load_digits
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "prepare_digits.py"
-SHA256 = "4411926daba9115169feb34ce58f76d3a6db49d563bd414d68f957a87acffcdc"
+SHA256 = "1c2edecf7109c9ba02c3751b2ed6d2d3b6b122954f4e06f4e25fcee07f9d307f"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The report of the quick start, on the output folder of a model that has learnt nothing. Training: tests/end_to_end."""
+"""The quick start's report, on the output folder of a model that has learnt nothing. Training: tests/end_to_end."""
 
 import json
 import subprocess
@@ -35,6 +35,7 @@ def quick_start(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(script.prepare_efficientnet, "prepare", lambda file: None)
     monkeypatch.setattr(script, "DATASETS", tmp_path / "datasets")
+    monkeypatch.setattr(script, "NUM_PICTURES", 2)  # drawing takes longest
     monkeypatch.chdir(tmp_path)  # main() changes the folder: monkeypatch brings it back
     script.commands = commands
     return script

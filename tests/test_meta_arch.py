@@ -1,0 +1,167 @@
+import math
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
+
+from codetr_d2 import add_codetr_config
+from codetr_d2.errors import InputError
+from codetr_d2.meta_arch import auxiliary_head_names, build_pyramid
+from tests.tiny_run import CONFIGS
+
+
+def build(*options, aux_heads=("roi", "atss")):
+    """A small model with the same initial weights whatever its auxiliary heads."""
+    cfg = get_cfg()
+    add_codetr_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / "quick_start" / "co_deformable_detr_efficientnet_lite0_digits.yaml"))
+    small = ["MODEL.CODETR.EMBED_DIM", 64, "MODEL.CODETR.NUM_QUERIES", 20, "MODEL.ROI_BOX_HEAD.FC_DIM", 32]
+    for part in ("ENCODER", "DECODER"):
+        small += [f"MODEL.CODETR.{part}.NUM_LAYERS", 2, f"MODEL.CODETR.{part}.FFN_DIM", 64]
+    cfg.merge_from_list([*small, "MODEL.WEIGHTS", "", *options])
+    cfg.MODEL.CODETR.AUX_HEADS = list(aux_heads)
+    return build_model(cfg)
+
+
+def make_batch(*num_objects: int) -> list[dict]:
+    batch = []
+    for i, n in enumerate(num_objects):
+        height, width = 96 + 16 * i, 128 - 8 * i
+        corner = torch.rand(n, 2) * 60
+        boxes = Boxes(torch.cat((corner, corner + 10 + torch.rand(n, 2) * 20), dim=1))
+        instances = Instances((height, width), gt_boxes=boxes, gt_classes=torch.randint(10, (n,)))
+        batch.append({"image": torch.rand(3, height, width) * 255, "instances": instances})
+    return batch
+
+
+def train_step(model, batch) -> dict[str, torch.Tensor]:
+    model.train()
+    torch.manual_seed(0)
+    with EventStorage(0):
+        losses = model(batch)
+    model.zero_grad()
+    sum(losses.values()).backward()
+    return losses
+
+
+@pytest.mark.parametrize("aux_heads", [(), ("roi",), ("atss",), ("roi", "atss"), ("atss", "atss")])
+@pytest.mark.parametrize("num_objects", [(3, 1), (0, 2), (0, 0)])
+def test_every_parameter_is_trained(aux_heads, num_objects):
+    """Any mix of heads, also without objects: finite losses, and a finite gradient for every parameter."""
+    model = build(aux_heads=aux_heads)
+    losses = train_step(model, make_batch(*num_objects))
+    assert all(torch.isfinite(x) for x in losses.values())
+    for name in auxiliary_head_names(list(aux_heads)):
+        assert f"loss_cls_{name}" in losses and f"loss_giou_aux_{name}" in losses
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert not missing
+
+
+def test_auxiliary_heads_leave_the_detector_as_it_is():
+    """K = 0 with the weights of K = 2: the same losses of the detector itself, and the same detections."""
+    torch.manual_seed(1)
+    collaborative, plain = build(), build(aux_heads=())
+    shared = {k: v for k, v in collaborative.state_dict().items() if k in plain.state_dict()}
+    plain.load_state_dict(shared)
+    batch = make_batch(3, 1)
+    own = train_step(plain, batch)
+    both = train_step(collaborative, batch)
+    assert set(own) == {name for name in both if "roi" not in name and "atss" not in name}
+    for name, value in own.items():
+        torch.testing.assert_close(both[name], value)
+
+    with torch.no_grad():  # inference reads no auxiliary parameter
+        for name, parameter in collaborative.named_parameters():
+            if name not in shared:
+                parameter.fill_(float("nan"))
+    for ours, theirs in zip(collaborative.eval()(batch), plain.eval()(batch)):
+        torch.testing.assert_close(ours["instances"].scores, theirs["instances"].scores)
+        torch.testing.assert_close(ours["instances"].pred_boxes.tensor, theirs["instances"].pred_boxes.tensor)
+
+
+def test_weights_of_the_losses():
+    """lambda1 scales the positive queries' losses, lambda2 times the decoder layers the heads' own (eq. 6)."""
+    batch = make_batch(3, 1)
+    torch.manual_seed(1)
+    model = build()
+    state = model.state_dict()
+    losses = train_step(model, batch)
+    other = build("MODEL.CODETR.LAMBDA1", 0.5, "MODEL.CODETR.LAMBDA2", 1.0)
+    other.load_state_dict(state)
+    assert (model.auxiliary_weight, other.auxiliary_weight) == (4.0, 2.0)
+    for name, value in train_step(other, batch).items():
+        halved = "_aux_" in name or name.endswith(("_roi", "_atss"))
+        torch.testing.assert_close(value, losses[name] * (0.5 if halved else 1.0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("MODEL.CODETR.ACTIVATION_CHECKPOINTING", True), ("MODEL.CODETR.POSITIVE_QUERIES.PADDING", "mask")],
+)
+def test_options_that_do_not_change_the_detector(options):
+    batch = make_batch(3, 1)
+    torch.manual_seed(1)
+    model = build()
+    other = build(*options)
+    other.load_state_dict(model.state_dict())
+    losses, changed = train_step(model, batch), train_step(other, batch)
+    assert set(losses) == set(changed)
+    for name, value in changed.items():
+        if "aux" not in name or options[1] is True:
+            torch.testing.assert_close(value, losses[name])
+    # Filling up with negatives adds to the classification loss of the positive queries; their boxes have no loss.
+    if options[1] == "mask":
+        assert any(changed[f"loss_cls_aux_{head}"] < losses[f"loss_cls_aux_{head}"] for head in ("roi", "atss"))
+
+
+def test_bfloat16():
+    """Under autocast the losses stay float32 and near those in full precision, and detections come out."""
+    model, batch = build(), make_batch(3, 1)
+    losses = train_step(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = train_step(model, batch)
+        detections = model.eval()(batch)
+    for name, value in low.items():
+        assert value.dtype == torch.float32
+        if "_aux_" not in name and "_roi" not in name:  # whose samples depend on the last digit of proposals
+            assert math.isclose(value.item(), losses[name].item(), rel_tol=0.1, abs_tol=0.05), name
+    assert all(x["instances"].pred_boxes.tensor.dtype == torch.float32 for x in detections)
+
+
+@pytest.mark.parametrize("eval_head", ["detr", "roi", "atss"])
+def test_detections_of_each_head(eval_head):
+    model = build("MODEL.CODETR.EVAL_HEAD", eval_head).eval()
+    batch = make_batch(3, 1)
+    batch[0].update(height=192, width=256)  # the original image is twice as large
+    with torch.no_grad():
+        first, second = (x["instances"] for x in model(batch))
+        [unscaled] = model([{"image": batch[0]["image"]}, batch[1]])[:1]
+    assert first.image_size == (192, 256) and second.image_size == (112, 120)
+    assert len(first) and (first.scores[:-1] >= first.scores[1:]).all()
+    assert first.pred_classes.max() < 10
+    torch.testing.assert_close(first.pred_boxes.tensor / 2, unscaled["instances"].pred_boxes.tensor)
+
+
+def test_names_of_heads():
+    assert auxiliary_head_names(["roi", "atss", "roi", "roi"]) == ["roi", "atss", "roi2", "roi3"]
+
+
+def test_unknown_head():
+    with pytest.raises(InputError, match="MODEL.CODETR.AUX_HEADS.*'fcox'.*atss"):
+        build(aux_heads=("fcox",))
+
+
+def test_pyramid():
+    images = ImageList(torch.zeros(2, 3, 32, 48), [(32, 48), (17, 24)])
+    levels = [torch.arange(2 * 4 * 24.0).view(2, 4, 4, 6), torch.randn(2, 4, 2, 3)]
+    pyramid = build_pyramid(levels, [8, 16], images)
+    for ours, expected in zip(pyramid.maps(), levels):
+        assert torch.equal(ours, expected)
+    assert pyramid.level_start_index.tolist() == [0, 24] and pyramid.spatial_shapes.tolist() == [[4, 6], [2, 3]]
+    mask = pyramid.padding_mask[1, :24].view(4, 6)  # cells start at pixels 0, 8, 16, 24; the image has 17 rows
+    assert (~mask).sum() == 9 and not mask[:3, :3].any()
+    torch.testing.assert_close(pyramid.valid_ratios[1, 0], torch.tensor([3 / 6, 3 / 4]))
+    assert pyramid.image_sizes_xyxy.tolist() == [[48, 32, 48, 32], [24, 17, 24, 17]]
