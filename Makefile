@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_VERSION := 26.3
 
+# OpenMP threads that wait for each other burn their time slices where something else wants the cores: wait in short.
+export GOMP_SPINCOUNT ?= 3000
+
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

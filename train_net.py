@@ -10,8 +10,12 @@ Without a GPU everything runs on the CPU, there with --num-processes instead of 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+
+# Where another program wants the cores, OpenMP threads that actively wait for each other make a step many times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 from detectron2.config import CfgNode

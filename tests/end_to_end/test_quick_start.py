@@ -1,5 +1,6 @@
 """The quick start in small, through the command lines alone: prepare, train, kill, resume, evaluate, predict."""
 
+import ast
 import json
 import math
 import os
@@ -32,6 +33,12 @@ def run(*command) -> str:
     result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout + result.stderr
+
+
+def first_test_picture(options: list[str]) -> Path:
+    """The first picture of the test dataset."""
+    triples = ast.literal_eval(options[options.index("DATASETS.COCO_JSON") + 1])
+    return Path(triples[1][1]) / "0001.png"
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +146,7 @@ def test_evaluation_alone_gives_the_average_precision_of_the_training(num_proces
 
 
 def test_prediction_draws_and_lists_what_detectron2s_predictor_finds(options, trained, tmp_path):
-    images = Path(json.loads(options[options.index("DATASETS.COCO_JSON") + 1].replace("'", '"'))[1][1])
-    picture = images / "0001.png"
+    picture = first_test_picture(options)
     run(
         *("demo/predict.py", picture, "--config-file", trained / "config.yaml"),
         *("--output", tmp_path, "--score-threshold", 0.0),
@@ -160,6 +166,17 @@ def test_prediction_draws_and_lists_what_detectron2s_predictor_finds(options, tr
     torch.testing.assert_close(actual, found.pred_boxes.tensor, atol=1e-3, rtol=0)
     assert [x["category_id"] for x in entry["detections"]] == found.pred_classes.tolist()
     assert {x["category_name"] for x in entry["detections"]} <= set("0123456789")
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/predict.md"])
+def test_python_in_the_documentation_runs(document, options, trained, tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "my_run").symlink_to(trained)
+    cv2.imwrite(str(tmp_path / "picture.jpg"), cv2.imread(str(first_test_picture(options))))
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout or (tmp_path / "drawn.png").is_file()
 
 
 def test_command_lines_name_what_is_missing(tmp_path):
