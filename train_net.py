@@ -17,13 +17,15 @@ from collections.abc import Sequence
 # Where another program wants the cores, OpenMP threads that actively wait for each other make a step many times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-import torch
-from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, default_argument_parser
-
+# First, as it names the command that mends a missing installation.
 from codetr_d2.engine import check_config, check_output_dir, evaluate, load_config, run_processes, setup, train
 from codetr_d2.engine.config_file import resolve_device
 from codetr_d2.errors import InputError
+
+# isort: split
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, default_argument_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,9 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = resolve_device(cfg)
         num_processes = check_processes(args, device)
         cfg = DefaultTrainer.auto_scale_workers(cfg, num_processes * args.num_machines)
-        check_config(cfg, num_processes * args.num_machines, args.resume)
-        if not args.eval_only:
-            check_output_dir(cfg, args.resume)
+        check_config(cfg, num_processes * args.num_machines, args.resume, args.eval_only)
+        check_output_dir(cfg, args.resume, args.eval_only)
         run_processes(
             run_job,
             num_processes,
@@ -81,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,15 @@ __all__ = ["ChannelMapper", "ConvGN"]
 
 
 class ConvGN(nn.Sequential):
-    """Convolution with GroupNorm (32 groups, or as many as divide the channels) and no activation."""
+    """Convolution with GroupNorm and no activation.
+
+    There are 32 groups, or fewer where the channels ask for it: a group has at least two channels, since one alone
+    cannot be normalised on a level of a single cell.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False):
         conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
-        super().__init__(conv, nn.GroupNorm(gcd(32, out_channels), out_channels))
+        super().__init__(conv, nn.GroupNorm(gcd(32, out_channels // 2), out_channels))
         nn.init.xavier_uniform_(conv.weight)
         if bias:
             nn.init.zeros_(conv.bias)

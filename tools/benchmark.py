@@ -20,7 +20,7 @@ import torch
 from codetr_d2.errors import InputError
 from codetr_d2.ops import active_backend, ms_deform_attn, set_backend
 
-# The encoder of a model with 256 channels in 8 heads, 4 points, and levels of these strides, on one image of 800 x 1333.
+# The encoder of a model with 256 channels in 8 heads, 4 points and levels of these strides, on one image of 800 x 1333.
 SIZES = {"encoder-4": (8, 16, 32, 64), "encoder-5": (4, 8, 16, 32, 64)}
 IMAGE_SIZE = (800, 1333)
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
@@ -75,9 +75,8 @@ def peak_extra_memory(size, dtype, threads, backend, with_backward):
     def resident(field):
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(field))
 
-    ctypes.CDLL(None).mallopt(
-        -3, 1 << 16
-    )  # M_MMAP_THRESHOLD: what is freed leaves the process, so that the next is seen
+    # M_MMAP_THRESHOLD: what is freed leaves the process, so that the next is seen.
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)
     torch.set_num_threads(threads)
     set_backend(backend)
     run_once(make_inputs((64,), dtype), with_backward)  # libraries and threads take their memory once

@@ -101,16 +101,20 @@ def load_numpy_pickle(path: str) -> dict:
 class CoDETRCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer with atomic writes, safe reads and clear errors.
 
-    Reads checkpoints of this project and of detectron2, the published Co-DETR weights, and files that hold a backbone only
-    (with its names as they are in the model, or as in the backbone alone). Where a training checkpoint holds a moving
-    average ("ema") and none is asked for, the averaged weights are loaded: they are the ones to use.
+    Reads checkpoints of this project and of detectron2, the published Co-DETR weights, and files that hold a backbone
+    only (with its names as they are in the model, or as in the backbone alone). Where a training checkpoint holds a
+    moving average ("ema") and only weights are asked for, the averaged ones are loaded: they are the ones to use.
 
     Raises:
-        InputError: from ``load`` and ``resume_or_load``, for a file that is missing, truncated, unsafe, or of another model.
+        InputError: from ``load`` and ``resume_or_load``, for a file that is missing, truncated, unsafe, or of another
+            model.
     """
 
     def save(self, name: str, **kwargs) -> None:
-        """Write ``name.pth`` atomically and make it the checkpoint to resume from. Arguments are those of the base class."""
+        """Write ``name.pth`` atomically and make it the checkpoint to resume from.
+
+        Arguments are those of the base class.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
@@ -127,7 +131,7 @@ class CoDETRCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         wanted = self.checkpointables if checkpointables is None else checkpointables
-        self._use_average = "ema" not in wanted
+        self._use_average = not wanted  # a resumed run without an average goes on with the weights themselves
         self._path = path
         file = path.split("?")[0]
         if file and "://" not in file and not os.path.isfile(file):
@@ -153,12 +157,12 @@ class CoDETRCheckpointer(DetectionCheckpointer):
                 refused = re.findall(r"GLOBAL (\S+)", str(error)) or ["an unknown kind"]
                 if zipfile.is_zipfile(filename) or refused != ["an unknown kind"]:
                     raise InputError(
-                        f"{filename}: holds Python objects beside tensors ({refused[0]}), which are not loaded because that "
-                        "could run code; where the file was made, save the state dict alone"
+                        f"{filename}: holds Python objects beside tensors ({refused[0]}), which are not loaded because "
+                        "that could run code; where the file was made, save the state dict alone"
                     ) from None
             raise InputError(
-                f"{filename}: truncated, damaged, or not a PyTorch checkpoint ({_one_line(error)}); copy or download it "
-                "again, or resume from an older one by writing its name into the file last_checkpoint"
+                f"{filename}: truncated, damaged, or not a PyTorch checkpoint ({_one_line(error)}); copy or download "
+                "it again, or resume from an older one by writing its name into the file last_checkpoint"
             ) from None
         if not isinstance(data, dict):
             raise InputError(f"{filename}: holds a {type(data).__name__} instead of a dict of weights")
@@ -168,10 +172,10 @@ class CoDETRCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict):
         weights = checkpoint["model"]
-        if self._use_average and "ema" in checkpoint:
-            weights.update(checkpoint.pop("ema"))
         if not isinstance(weights, dict) or not weights or not all(hasattr(v, "shape") for v in weights.values()):
             raise InputError(f"{self._path}: holds no dict of named tensors, so it is no checkpoint of a model")
+        if self._use_average and "ema" in checkpoint:
+            weights.update(checkpoint.pop("ema"))
         if published.is_published(weights):
             weights, unused = published.published_to_codetr(weights)
             if unused:
@@ -209,8 +213,8 @@ class CoDETRCheckpointer(DetectionCheckpointer):
             f" (and {len(incorrect) - 1} more: {_brief([k for k, _, _ in incorrect[1:]])})" if incorrect[1:] else ""
         )
         raise InputError(
-            f"{self._path}: {key} has the shape {list(in_file)} in the file and {list(in_model)} in the model{others}; set "
-            f"{option} as in the file, or load only what fits, for instance to fine-tune on other classes, with "
+            f"{self._path}: {key} has the shape {list(in_file)} in the file and {list(in_model)} in the model{others}; "
+            f"set {option} as in the file, or load only what fits, for instance to fine-tune on other classes, with "
             f"MODEL.WEIGHTS '{self._path.split('?')[0]}?matching_heuristics=True'"
         )
 

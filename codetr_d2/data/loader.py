@@ -18,10 +18,8 @@ from .samplers import BatchStream, seed_rng
 
 __all__ = ["TRAIN_SAMPLERS", "build_test_loader", "build_train_loader"]
 
-TRAIN_SAMPLERS = (
-    "TrainingSampler",
-    "RepeatFactorTrainingSampler",
-)  # values of DATALOADER.SAMPLER_TRAIN, as in detectron2
+# Values of DATALOADER.SAMPLER_TRAIN, as in detectron2.
+TRAIN_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
 
 @contextmanager
@@ -101,10 +99,12 @@ def build_train_loader(cfg: CfgNode, records: list[dict], mapper: Callable[[dict
     Args:
         cfg: ``SOLVER.IMS_PER_BATCH`` images over all processes and accumulated micro-batches; ``DATALOADER`` options.
         records: detectron2 dataset dicts.
-        mapper: turns a record into a sample of the model. It may draw from Python's, numpy's and torch's global generators.
+        mapper: turns a record into a sample of the model. It may draw from Python's, numpy's and torch's global
+            generators.
 
     Returns:
-        a loader whose ``batch_sampler`` is a :class:`BatchStream`: set its ``seed`` and ``start_iteration`` before iterating.
+        a loader whose ``batch_sampler`` is a :class:`BatchStream`: set its ``seed`` and ``start_iteration`` before
+        iterating.
 
     Raises:
         InputError: an image has no size; and, while iterating, an image cannot be read.

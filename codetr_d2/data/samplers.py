@@ -1,4 +1,4 @@
-"""Which images each training step sees: a stream that depends on the seed and on the position in it, and on nothing else."""
+"""Which images each training step sees: a stream that depends on the seed and on the position in it alone."""
 
 import itertools
 import random
@@ -16,8 +16,8 @@ def derive_seed(*parts) -> int:
     """A 32-bit seed for one use of randomness.
 
     Args:
-        parts: non-negative integers and names, for instance ``(run_seed, "step", iteration, rank)``. Any difference in them
-            gives an unrelated seed.
+        parts: non-negative integers and names, for instance ``(run_seed, "step", iteration, rank)``. Any difference in
+            them gives an unrelated seed.
     """
     numbers = [int.from_bytes(part.encode(), "little") if isinstance(part, str) else part for part in parts]
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -31,7 +31,7 @@ def seed_rng(seed: int) -> None:
 
 
 class BatchStream(Sampler[list[tuple[int, int]]]):
-    """The infinite stream of training batches, as a ``batch_sampler``: lists of (index of the image, seed of the sample).
+    """The infinite stream of training batches, as a ``batch_sampler``: lists of (image's index, sample's seed).
 
     An epoch is a random permutation of the images. Images of one aspect group make a batch; what does not fill a batch
     waits for later images. Batches are formed for all processes together and only then split, so that the number of

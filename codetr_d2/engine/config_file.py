@@ -8,9 +8,19 @@ from collections.abc import Iterator, Sequence
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+)
 
 from ..checkpoint.checkpointer import atomic_write
 from ..config import add_codetr_config
+from ..data.datasets import register_datasets
 from ..data.loader import TRAIN_SAMPLERS
 from ..errors import InputError
 from ..heads import AUX_HEAD_REGISTRY, QUERY_HEAD_REGISTRY
@@ -27,6 +37,17 @@ _FREE_TO_CHANGE = {
     "MODEL.CODETR.CLASS_NAMES",
     "MODEL.CODETR.EVAL_HEAD",
     "MODEL.TIMM.PRETRAINED",
+}
+
+# Options that name a component, and where it is registered.
+_REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.CODETR.QUERY_HEAD": QUERY_HEAD_REGISTRY,
+    "MODEL.CODETR.AUX_HEADS": AUX_HEAD_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
 }
 
 
@@ -109,17 +130,21 @@ def _set(cfg: CfgNode, key: str, value: object, source: str) -> None:
 
 def resolve_device(cfg: CfgNode) -> str:
     """``MODEL.DEVICE``, or "cpu" where that is a GPU and there is none."""
-    is_cuda = cfg.MODEL.DEVICE.startswith("cuda")
-    return "cpu" if is_cuda and not torch.cuda.is_available() else cfg.MODEL.DEVICE
+    try:
+        kind = torch.device(cfg.MODEL.DEVICE).type
+    except RuntimeError:
+        raise InputError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; it may be cpu or cuda") from None
+    return "cpu" if kind == "cuda" and not torch.cuda.is_available() else cfg.MODEL.DEVICE
 
 
-def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False) -> None:
+def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eval_only: bool = False) -> None:
     """Check the values of options against each other and against what there is.
 
     Args:
         cfg: the config.
         num_processes: in all, over all machines.
         resume: the run will go on from its checkpoint, if there is one.
+        eval_only: nothing is trained, so that the options of the training don't matter.
 
     Raises:
         InputError: naming the option and what it may be.
@@ -141,20 +166,45 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False) -> 
             raise InputError(f"{key} is {value}, which {what} ({by}) does not divide")
 
     solver, model = cfg.SOLVER, cfg.MODEL.CODETR
+    for key, registry in _REGISTRIES.items():
+        one_of(key, [name for name, _ in registry])
     if cfg.MODEL.META_ARCHITECTURE == "CoDETR":
-        one_of("MODEL.CODETR.QUERY_HEAD", [name for name, _ in QUERY_HEAD_REGISTRY])
-        one_of("MODEL.CODETR.AUX_HEADS", [name for name, _ in AUX_HEAD_REGISTRY])
+        if "roi" in model.AUX_HEADS:
+            one_of("MODEL.ROI_BOX_HEAD.NAME", [name for name, _ in ROI_BOX_HEAD_REGISTRY])  # "" by default
+        if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
+            one_of("MODEL.CODETR.IN_FEATURES", cfg.MODEL.RESNETS.OUT_FEATURES)
+        if not 0 < len(model.IN_FEATURES) <= model.NUM_FEATURE_LEVELS:
+            raise InputError(
+                f"MODEL.CODETR.IN_FEATURES names {len(model.IN_FEATURES)} features; it must be at least one, and at most "
+                f"MODEL.CODETR.NUM_FEATURE_LEVELS ({model.NUM_FEATURE_LEVELS})"
+            )
         one_of("MODEL.CODETR.EVAL_HEAD", ["detr", *auxiliary_head_names(model.AUX_HEADS)])
         one_of("MODEL.CODETR.POSITIVE_QUERIES.PADDING", ["negatives", "mask"])
         one_of("MODEL.MS_DEFORM_ATTN", ["auto", "cpp", "eager"])
-        positive(*(f"MODEL.CODETR.{x}" for x in ("NUM_CLASSES", "NUM_QUERIES", "EMBED_DIM", "NUM_FEATURE_LEVELS")))
+        positive(*(f"MODEL.CODETR.{x}" for x in ("NUM_CLASSES", "NUM_QUERIES", "EMBED_DIM")))
+        positive(*(f"MODEL.CODETR.POSITIVE_QUERIES.{x}" for x in ("MAX_PER_HEAD", "MIN_PER_HEAD")))
         for part in ("ENCODER", "DECODER"):
             positive(*(f"MODEL.CODETR.{part}.{x}" for x in ("NUM_LAYERS", "NUM_HEADS", "NUM_POINTS", "FFN_DIM")))
             what = f"MODEL.CODETR.{part}.NUM_HEADS"
             divisible("MODEL.CODETR.EMBED_DIM", model.EMBED_DIM, _get(cfg, what), what)
+    positive("TEST.DETECTIONS_PER_IMAGE")
+    if solver.AMP.ENABLED:
+        one_of("SOLVER.AMP.DTYPE", ["bfloat16"] if resolve_device(cfg) == "cpu" else ["bfloat16", "float16"])
+
+    _check_datasets(cfg, eval_only)
+
+    weights = cfg.MODEL.WEIGHTS.split("?")[0]  # detectron2 reads options after a question mark
+    resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if weights and "://" not in weights and not resumes and not os.path.isfile(weights):
+        raise InputError(f"MODEL.WEIGHTS: there is no file {weights}")
+    if eval_only:
+        if not weights and not resumes:
+            where = f"; there is no checkpoint in OUTPUT_DIR ({cfg.OUTPUT_DIR})" if resume else ", or --resume"
+            raise InputError(f"--eval-only needs the weights to evaluate: MODEL.WEIGHTS path/to/model_final.pth{where}")
+        return
 
     positive("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.ACCUMULATE_STEPS")
-    positive("SOLVER.BASE_LR", "TEST.DETECTIONS_PER_IMAGE")
+    positive("SOLVER.BASE_LR")
     share = num_processes * solver.ACCUMULATE_STEPS
     divisible(
         "SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, share, "the number of processes times SOLVER.ACCUMULATE_STEPS"
@@ -163,8 +213,6 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False) -> 
     one_of("SOLVER.WARMUP_METHOD", ["linear", "constant"])
     one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ["full_model", "norm", "value"])
     one_of("DATALOADER.SAMPLER_TRAIN", TRAIN_SAMPLERS)
-    if solver.AMP.ENABLED:
-        one_of("SOLVER.AMP.DTYPE", ["bfloat16"] if resolve_device(cfg) == "cpu" else ["bfloat16", "float16"])
     if solver.EMA.ENABLED and not 0 < solver.EMA.DECAY < 1:
         raise InputError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}; it must lie between 0 and 1")
     for entry in solver.LR_MULTIPLIERS:
@@ -175,7 +223,8 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False) -> 
             and isinstance(entry[1], (int, float))
         ):
             raise InputError(
-                f"SOLVER.LR_MULTIPLIERS has the entry {entry!r}; an entry is [part of a name, factor], like ['backbone', 0.1]"
+                f"SOLVER.LR_MULTIPLIERS has the entry {entry!r}; an entry is [part of a name, factor], "
+                "like ['backbone', 0.1]"
             )
     for key in ("SOLVER.STEPS", "SOLVER.STEPS_EPOCHS"):
         steps = _get(cfg, key)
@@ -183,21 +232,31 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False) -> 
             raise InputError(f"{key} is {steps}; it must rise from entry to entry")
     if solver.MAX_EPOCHS <= 0 and solver.MAX_ITER in solver.STEPS:
         raise InputError(f"SOLVER.STEPS is {solver.STEPS}; its entries must not be SOLVER.MAX_ITER ({solver.MAX_ITER})")
-    if not cfg.DATASETS.TRAIN:
-        raise InputError("DATASETS.TRAIN is empty; name the datasets to train on, registered with DATASETS.COCO_JSON")
-
-    weights = cfg.MODEL.WEIGHTS.split("?")[0]  # detectron2 reads options after a question mark
-    resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    if weights and "://" not in weights and not resumes and not os.path.isfile(weights):
-        raise InputError(f"MODEL.WEIGHTS: there is no file {weights}")
 
 
-def check_output_dir(cfg: CfgNode, resume: bool) -> None:
+def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
+    """Register the datasets of the config, and see that the ones it uses are known."""
+    register_datasets(cfg)
+    needed = "DATASETS.TEST" if eval_only else "DATASETS.TRAIN"
+    if not _get(cfg, needed):
+        raise InputError(f"{needed} is empty; name a dataset there, one of DATASETS.COCO_JSON or of detectron2's own")
+    described = ", ".join(name for name, _, _ in cfg.DATASETS.COCO_JSON) or "none"
+    for key in dict.fromkeys((needed, "DATASETS.TEST")):
+        for name in _get(cfg, key):
+            if name not in DatasetCatalog:
+                raise InputError(
+                    f"{key} has {name!r}, which is not registered. DATASETS.COCO_JSON describes {described}: add the "
+                    "[name, image folder, annotation json] of yours, or take one of detectron2's, like coco_2017_train"
+                )
+
+
+def check_output_dir(cfg: CfgNode, resume: bool, eval_only: bool = False) -> None:
     """Make ``OUTPUT_DIR``, and make sure that the run does not spoil what another one has left there.
 
     Raises:
-        InputError: the folder cannot be written; holds a run that is not to be resumed; or, with ``resume``, holds a run of
-            another model or other datasets. Options of the solver may change, so that a run can be prolonged.
+        InputError: the folder cannot be written; unless ``eval_only`` it holds a run that is not to be resumed or, with
+            ``resume``, a run of another model or other datasets. Options of the solver may change, so that a run can be
+            prolonged.
     """
     folder = cfg.OUTPUT_DIR
     try:
@@ -207,6 +266,8 @@ def check_output_dir(cfg: CfgNode, resume: bool) -> None:
         raise InputError(f"OUTPUT_DIR: cannot use the folder {folder}: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise InputError(f"OUTPUT_DIR: the folder {folder} cannot be written")
+    if eval_only:
+        return
     holds_run = any(re.fullmatch(r"model_.*\.pth|last_checkpoint", name) for name in names)
     holds_run |= "metrics.json" in names and os.path.getsize(os.path.join(folder, "metrics.json")) > 0
     if holds_run and not resume:

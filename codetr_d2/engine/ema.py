@@ -14,8 +14,8 @@ class ModelEMA:
     """The moving average of the weights that training changes: trainable parameters and floating-point buffers.
 
     After step t (from 0) ``average += m_t * (weight - average)`` with
-    ``m_t = (1 - m) * exp(-(1 + t) / warmup_iters) + m`` and ``m = 1 - decay``: the first steps replace the average, later
-    ones hardly move it. Source: the published training of the ViT models.
+    ``m_t = (1 - m) * exp(-(1 + t) / warmup_iters) + m`` and ``m = 1 - decay``: the first steps replace the average,
+    later ones hardly move it. Source: the published training of the ViT models.
 
     Args:
         model: the model, not wrapped for distribution; its present weights start the average.

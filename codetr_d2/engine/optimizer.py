@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW on all trainable parameters.
 
-    ``SOLVER.BASE_LR`` times the factor of the first entry of ``SOLVER.LR_MULTIPLIERS`` that is part of the parameter's
-    name; ``SOLVER.WEIGHT_DECAY`` on every parameter, as published: neither norms nor biases are exempt. detectron2's own
-    kinds of ``SOLVER.CLIP_GRADIENTS`` (norm, value: of each parameter) are part of the optimizer's step; ``full_model`` is
-    :func:`clip_full_model`, called by the trainer.
+    The learning rate is ``SOLVER.BASE_LR`` times the factor of the first entry of ``SOLVER.LR_MULTIPLIERS`` that is
+    part of the parameter's name; ``SOLVER.WEIGHT_DECAY`` is on every parameter, as published: neither norms nor biases
+    are exempt. detectron2's own kinds of ``SOLVER.CLIP_GRADIENTS`` (norm, value: of each parameter) are part of the
+    optimizer's step; ``full_model`` is :func:`clip_full_model`, called by the trainer.
     """
     multipliers = [(part, float(factor)) for part, factor in cfg.SOLVER.LR_MULTIPLIERS]
 

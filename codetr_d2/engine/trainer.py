@@ -167,12 +167,12 @@ class _WeightsCheckpointer(CoDETRCheckpointer):
 class CoDETRTrainer(DefaultTrainer):
     """detectron2's ``DefaultTrainer`` for the options that :func:`codetr_d2.add_codetr_config` adds.
 
-    Writes into ``OUTPUT_DIR``: ``model_XXXXXXX.pth`` (all that a resumed run needs, the newest three), ``last_checkpoint``
-    (the name of the newest), ``model_best.pth`` and ``model_final.pth`` (weights to use, those of the moving average where
-    it is enabled), ``metrics.json`` and TensorBoard's files.
+    Writes into ``OUTPUT_DIR``: ``model_XXXXXXX.pth`` (all that a resumed run needs, the newest three),
+    ``last_checkpoint`` (the name of the newest), ``model_best.pth`` and ``model_final.pth`` (weights to use, those of
+    the moving average where it is enabled), ``metrics.json`` and TensorBoard's files.
 
-    A resumed run ends with the same weights as one that was never stopped: bit for bit where the operations are themselves
-    deterministic, as they are on the CPU with the same number of processes and threads.
+    A resumed run ends with the same weights as one that was never stopped: bit for bit where the operations are
+    themselves deterministic, as they are on the CPU with the same number of processes and threads.
 
     Raises:
         InputError: the data are at fault.
@@ -207,8 +207,8 @@ class CoDETRTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list:
-        # What an iteration leaves behind is written before its checkpoint, which is the last to come: a run that is resumed
-        # from it has nothing to make up for.
+        # What an iteration leaves behind is written before its checkpoint, which is the last to come: a run that is
+        # resumed from it has nothing to make up for.
         cfg = self.cfg
 
         def evaluate_and_keep() -> dict:
@@ -242,7 +242,7 @@ class CoDETRTrainer(DefaultTrainer):
         return writers
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint of ``OUTPUT_DIR``, if ``resume`` and there is one; else load ``MODEL.WEIGHTS``.
+        """Go on from the last checkpoint of ``OUTPUT_DIR`` if ``resume`` and there is one; else load ``MODEL.WEIGHTS``.
 
         Raises:
             InputError: the file is at fault, or the run is already longer than ``SOLVER.MAX_ITER``.
@@ -250,7 +250,8 @@ class CoDETRTrainer(DefaultTrainer):
         super().resume_or_load(resume)
         if self.start_iter > self.max_iter:
             raise InputError(
-                f"SOLVER.MAX_ITER is {self.max_iter}, but the run in {self.cfg.OUTPUT_DIR} has done {self.start_iter} iterations"
+                f"SOLVER.MAX_ITER is {self.max_iter}, but the run in {self.cfg.OUTPUT_DIR} has done {self.start_iter} "
+                "iterations already; set it higher, or choose another OUTPUT_DIR"
             )
         if self.ema and not self.ema.loaded:
             self.ema.restart()
@@ -323,9 +324,7 @@ class CoDETRTrainer(DefaultTrainer):
         )
 
     @classmethod
-    def test(
-        cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None
-    ) -> OrderedDict:
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> OrderedDict:
         """Evaluate on ``DATASETS.TEST``, in the precision of the training."""
         with autocast(cfg):
             return super().test(cfg, model, evaluators)
@@ -349,6 +348,8 @@ def setup(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
     """
     cfg = cfg.clone()
     cfg.defrost()
+    if eval_only:
+        cfg.DATASETS.TRAIN = ()  # its files may be missing
     for name in ("fvcore", "detectron2", "codetr_d2"):
         setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name=name)
     train_loop = logging.getLogger("detectron2.engine.train_loop")

@@ -85,7 +85,7 @@ class ATSSHead(AuxiliaryHead):
                         kernel_size=3,
                         padding=1,
                         bias=False,
-                        norm=nn.GroupNorm(math.gcd(32, in_channels), in_channels),
+                        norm=nn.GroupNorm(math.gcd(32, in_channels // 2), in_channels),
                         activation=F.relu,
                     )
                     for _ in range(num_convs)

@@ -97,7 +97,13 @@ def test_round_trip_with_training_state_and_average(tmp_path):
     assert torch.equal(ema.loaded["class_embed.bias"], average["class_embed.bias"])
     assert other_optimizer.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
 
-    # Without a place for the average, for evaluation or as initial weights, it is what is loaded.
+    # A run that is resumed without an average goes on with the weights themselves.
+    other = Model()
+    checkpointer = CoDETRCheckpointer(other, str(tmp_path), optimizer=torch.optim.AdamW(other.parameters()))
+    checkpointer.resume_or_load("", resume=True)
+    assert same(model, other)
+
+    # Where weights alone are asked for, to evaluate or to start with, the average is what is loaded.
     other = Model()
     CoDETRCheckpointer(other).load(str(tmp_path / "model_0000001.pth"))
     assert torch.equal(other.class_embed.bias, average["class_embed.bias"])

@@ -56,6 +56,12 @@ def test_missing_file(tmp_path):
         load_config(str(tmp_path / "none.yaml"))
 
 
+CODETR = [
+    *("MODEL.META_ARCHITECTURE", "CoDETR", "MODEL.RESNETS.OUT_FEATURES", "['res3', 'res4', 'res5']"),
+    *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
+]
+
+
 @pytest.mark.parametrize(
     "opts, processes, message",
     [
@@ -74,18 +80,33 @@ def test_missing_file(tmp_path):
         (["SOLVER.STEPS", "(6,)"], 1, r"SOLVER\.STEPS.*SOLVER\.MAX_ITER \(6\)"),
         (["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "total"], 1, r"CLIP_TYPE.*full_model, norm, value"),
         (["DATALOADER.SAMPLER_TRAIN", "Random"], 1, r"SAMPLER_TRAIN.*RepeatFactorTrainingSampler"),
+        (["MODEL.CODETR.POSITIVE_QUERIES.MIN_PER_HEAD", "0"], 1, r"MIN_PER_HEAD is 0; it must be greater"),
+        (["MODEL.META_ARCHITECTURE", "DETR"], 1, r"META_ARCHITECTURE is 'DETR'; it may be: .*CoDETR"),
+        (
+            ["MODEL.BACKBONE.NAME", "resnet"],
+            1,
+            r"BACKBONE\.NAME is 'resnet'.*build_resnet_backbone.*build_timm_backbone",
+        ),
+        (["MODEL.ROI_HEADS.NAME", "ROI"], 1, r"ROI_HEADS\.NAME is 'ROI'.*CoROIHeads"),
+        (["MODEL.CODETR.IN_FEATURES", "['res9']"], 1, r"IN_FEATURES is 'res9'; it may be: res3, res4, res5"),
+        (["MODEL.CODETR.NUM_FEATURE_LEVELS", "2"], 1, r"IN_FEATURES names 3 features.*NUM_FEATURE_LEVELS \(2\)"),
+        (["MODEL.CODETR.IN_FEATURES", "[]"], 1, r"IN_FEATURES names 0 features"),
+        (["MODEL.DEVICE", "gpu", "SOLVER.AMP.ENABLED", "True"], 1, r"MODEL\.DEVICE is 'gpu'; it may be cpu or cuda"),
         (["DATASETS.TRAIN", "()"], 1, r"DATASETS\.TRAIN is empty"),
+        (["DATASETS.TRAIN", "('none',)"], 1, r"DATASETS\.TRAIN has 'none'.*COCO_JSON describes tiny_train, tiny_test"),
+        (["DATASETS.TEST", "('tiny_test', 'none')"], 1, r"DATASETS\.TEST has 'none'.*describes tiny_train, tiny_test"),
+        (["DATASETS.COCO_JSON", "['a', 'b', 'c']"], 1, r"DATASETS\.COCO_JSON: 'a' is not a \[name"),
         (["MODEL.WEIGHTS", "none.pth"], 1, r"MODEL\.WEIGHTS: there is no file none\.pth"),
     ],
 )
 def test_values_are_checked(config_file, opts, processes, message):
-    cfg = load_config(str(config_file), ["MODEL.META_ARCHITECTURE", "CoDETR", *opts])
+    cfg = load_config(str(config_file), [*CODETR, *opts])
     with pytest.raises(InputError, match=message):
         check_config(cfg, processes)
 
 
 def test_good_values_pass(config_file):
-    opts = ["MODEL.META_ARCHITECTURE", "CoDETR", "MODEL.CODETR.AUX_HEADS", "['roi', 'roi']"]
+    opts = [*CODETR, "MODEL.CODETR.AUX_HEADS", "['roi', 'roi']"]
     check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.EVAL_HEAD", "roi2"]), 2)
     check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.AUX_HEADS", "[]"]))
 
@@ -97,6 +118,28 @@ def test_weights_are_not_needed_where_a_run_is_resumed(config_file, tmp_path):
     check_config(cfg, resume=True)
     with pytest.raises(InputError, match="none.pth"):
         check_config(cfg, resume=False)
+
+
+def test_evaluation_needs_weights_and_test_data_alone(config_file, tmp_path):
+    def check(*opts, resume=False):
+        check_config(load_config(str(config_file), opts), resume=resume, eval_only=True)
+
+    with pytest.raises(InputError, match=r"--eval-only needs the weights.*MODEL\.WEIGHTS .*, or --resume"):
+        check()
+    with pytest.raises(InputError, match=r"--eval-only needs the weights.*no checkpoint in OUTPUT_DIR \(.*run\)"):
+        check(resume=True)
+    with pytest.raises(InputError, match="no file none.pth"):
+        check("MODEL.WEIGHTS", "none.pth")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
+    check(resume=True)
+
+    weights = ("MODEL.WEIGHTS", str(config_file))
+    check(*weights, "DATASETS.TRAIN", "('none',)", "SOLVER.IMS_PER_BATCH", "0")
+    with pytest.raises(InputError, match=r"DATASETS\.TEST is empty"):
+        check(*weights, "DATASETS.TEST", "()")
+    with pytest.raises(InputError, match=r"DATASETS\.TEST has 'none'"):
+        check(*weights, "DATASETS.TEST", "('tiny_test', 'none')")
 
 
 @pytest.fixture
@@ -112,6 +155,7 @@ def folder_of_run(config_file, tmp_path):
 def test_a_run_is_not_overwritten(folder_of_run):
     with pytest.raises(InputError, match="already holds a run.*--resume.*OUTPUT_DIR"):
         check_output_dir(folder_of_run(), resume=False)
+    check_output_dir(folder_of_run(), resume=False, eval_only=True)
     check_output_dir(folder_of_run("SOLVER.MAX_ITER", "9", "SOLVER.BASE_LR", "0.1"), resume=True)
 
 

@@ -56,7 +56,9 @@ def test_mistakes_of_the_user_are_one_line(args, message, config_file, capsys):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_end(start_process, tmp_path, assert_same_weights):
-    common = options(SOLVER__MAX_ITER=60, SOLVER__CHECKPOINT_PERIOD=5, DATALOADER__NUM_WORKERS=2, SOLVER__EMA__ENABLED=True)
+    common = options(
+        SOLVER__MAX_ITER=60, SOLVER__CHECKPOINT_PERIOD=5, DATALOADER__NUM_WORKERS=2, SOLVER__EMA__ENABLED=True
+    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     whole = start_process(*common, "OUTPUT_DIR", tmp_path / "whole", **pipes)
     finish(whole)
@@ -87,13 +89,16 @@ def test_a_killed_run_resumes_to_the_same_end(start_process, tmp_path, assert_sa
 @pytest.mark.slow
 def test_two_processes_train_and_evaluate_like_one(start_process, tmp_path, assert_same_weights):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    common = options(MODEL__CODETR__ENCODER__DROPOUT=0.0, SOLVER__MAX_ITER=8, TEST__EVAL_PERIOD=4, SOLVER__EMA__ENABLED=True)
+    common = options(
+        MODEL__CODETR__ENCODER__DROPOUT=0.0, SOLVER__MAX_ITER=8, TEST__EVAL_PERIOD=4, SOLVER__EMA__ENABLED=True
+    )
     finish(start_process(*common, "OUTPUT_DIR", tmp_path / "one", **pipes))
     finish(start_process("--num-processes", 2, *common, "OUTPUT_DIR", tmp_path / "two", **pipes))
     assert_same_weights(tmp_path / "one" / "model_final.pth", tmp_path / "two" / "model_final.pth", tolerance=1e-5)
     assert_same_weights(tmp_path / "one" / "model_0000007.pth", tmp_path / "two" / "model_0000007.pth", tolerance=1e-5)
     one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.json").read_text().splitlines()] for name in ("one", "two")
+        [json.loads(line) for line in (tmp_path / name / "metrics.json").read_text().splitlines()]
+        for name in ("one", "two")
     )
     assert [entry["iteration"] for entry in one] == [entry["iteration"] for entry in two]
     for a, b in zip(one, two):

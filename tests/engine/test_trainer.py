@@ -53,7 +53,7 @@ def test_a_run_leaves_what_is_needed(run_training, tmp_path):
     assert torch.equal(predictor.model.box_embed.weight, last["ema"]["box_embed.weight"])
     assert cfg.MODEL.CODETR.CLASS_NAMES == ["class0", "class1", "class2"]
 
-    # Evaluation by itself gives what the training's last one gave: from the final file, and from the training checkpoint.
+    # Evaluation by itself gives what the training's last one gave: from the final file and the training checkpoint.
     for weights in ("model_final.pth", "model_0000005.pth"):
         cfg.MODEL.WEIGHTS = str(folder / weights)
         assert evaluate(cfg)["bbox"] == pytest.approx(trainer._last_eval_results["bbox"], nan_ok=True)
@@ -235,7 +235,7 @@ def test_a_drawn_seed_is_kept(run_training):
     first = run_training(*opts, "SOLVER.MAX_ITER", 2)
     second = run_training(*opts, "SOLVER.MAX_ITER", 3, resume=True)
     assert second.seed == first.seed == second.data_loader.batch_sampler.seed
-    assert run_training(*opts, "SOLVER.MAX_ITER", 1).seed != first.seed
+    assert run_training(*opts, "SOLVER.MAX_ITER", 2).seed != first.seed
 
 
 def test_another_learning_rate_by_group_is_not_resumed(run_training):
@@ -263,7 +263,7 @@ def test_a_metric_that_does_not_exist_is_reported_once(run_training, tmp_path, c
 def test_metrics_from_an_iteration_on_are_dropped(tmp_path):
     path = tmp_path / "metrics.json"
     lines = [json.dumps({"iteration": i, "loss": 1.0}) for i in (19, 39, 59)]
-    path.write_text("\n".join([*lines, '{"iteration": 5'])) # the last line is not whole
+    path.write_text("\n".join([*lines, '{"iteration": 5']))  # the last line is not whole
     drop_metrics_from(str(path), 40)
     assert path.read_text().splitlines() == lines[:2]
     drop_metrics_from(str(tmp_path / "none.json"), 40)

@@ -15,7 +15,7 @@ NUM_CLASSES = 3
 
 @META_ARCH_REGISTRY.register()
 class TinyDetector(nn.Module):
-    """One box for each image. Its losses are means over the images, so that they do not depend on how a batch is split."""
+    """One box for each image. Its losses are means over the images, however a batch is split."""
 
     def __init__(self, cfg):
         super().__init__()

@@ -39,10 +39,11 @@ def build_config(name: str):
 
 
 def parameter_shapes(folder: Path, config: str) -> dict[str, list[int]]:
-    """Names and shapes of a published model's parameters."""
+    """Names and shapes of a published model's parameters; those kept here where the folder does not hold them."""
     index = folder / "keys" / "index.json"
     file = json.loads(index.read_text())["config_to_file"][config] if index.exists() else f"{config}.json"
-    shapes = json.loads((folder / "keys" / file).read_text())
+    path = folder / "keys" / file
+    shapes = json.loads((path if path.exists() else DEFAULT_DIR / "keys" / file).read_text())
     shapes.pop("_meta")
     return shapes
 

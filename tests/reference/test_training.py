@@ -25,6 +25,11 @@ def our_name(name: str) -> str:
     return kind + group + (f"_{layer}" if layer else "")
 
 
+def ground_truth(recorded: dict, image: int) -> torch.Tensor:
+    """[G, 4] boxes of an image, xyxy pixels."""
+    return torch.tensor(recorded["meta"]["gt"][image]["boxes_xyxy_pixels"]).view(-1, 4)
+
+
 def test_losses(training):
     recorded, ours = training
     expected = {our_name(k): v for k, v in recorded["losses"].items() if "loss" in k}
@@ -79,7 +84,7 @@ def test_positives_of_the_auxiliary_heads(training):
             strides = model.auxiliary_heads["roi"].proposal_generator.anchor_generator.strides
             valid = torch.cat(valid_anchors(anchors, strides, recorded["meta"]["image_sizes_hw"][i]))
             assert torch.nonzero(labels[i][valid] == 1).flatten().tolist() == [anchor for anchor, _ in pairs]
-            gt = torch.tensor(recorded["meta"]["gt"][i]["boxes_xyxy_pixels"])
+            gt = ground_truth(recorded, i)
             assert torch.equal(boxes[i][labels[i] == 1], gt[[g for _, g in pairs]])
         assert [len(x) for x in ours.proposals] == expected["num_proposals_per_image"]
     if "roi_positive_per_image" in expected:
@@ -92,7 +97,7 @@ def test_positives_of_the_auxiliary_heads(training):
             torch.testing.assert_close(
                 boxes[positive], torch.tensor(expected["roi_positive_boxes"][i]), rtol=0, atol=1e-2
             )
-            gt = torch.tensor(recorded["meta"]["gt"][i]["boxes_xyxy_pixels"])
+            gt = ground_truth(recorded, i)
             torch.testing.assert_close(samples.target_boxes[i][positive], gt[expected["roi_positive_gt_index"][i]])
     if "atss_positive_per_image" in expected:
         samples = ours.samples["atss"]
@@ -101,7 +106,7 @@ def test_positives_of_the_auxiliary_heads(training):
             inside = samples.boxes[i].abs().sum(1) > 0  # anchors outside the valid area are all zero
             assigned = torch.nonzero(labels[inside] != head.num_classes).flatten().tolist()
             assert assigned == [anchor for anchor, _ in expected["atss_assigned_inside_valid"][i]]
-            gt = torch.tensor(recorded["meta"]["gt"][i]["boxes_xyxy_pixels"])
+            gt = ground_truth(recorded, i)
             targets = samples.target_boxes[i][inside][assigned]
             assert torch.equal(targets, gt[[g for _, g in expected["atss_assigned_inside_valid"][i]]])
 
