@@ -9,6 +9,9 @@ PIP_VERSION := 26.3
 # OpenMP threads that wait for each other burn their time slices where something else wants the cores: wait in short.
 export GOMP_SPINCOUNT ?= 3000
 
+# Of detectron2's libraries, on each import: not for the users of this project to mend.
+export PYTHONWARNINGS ?= ignore::FutureWarning:torch.jit._script
+
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -1,8 +1,8 @@
 """Co-DETR for detectron2. Importing this package registers its components in detectron2's registries."""
 
 try:
+    import torch  # noqa: F401  # isort: skip (first: without it the whole set-up is missing)
     import detectron2  # noqa: F401
-    import torch  # noqa: F401
 except ModuleNotFoundError as error:
     mend = "make setup" if error.name == "torch" else "python tools/install_detectron2.py"
     raise ModuleNotFoundError(

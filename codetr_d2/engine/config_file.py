@@ -175,8 +175,8 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
             one_of("MODEL.CODETR.IN_FEATURES", cfg.MODEL.RESNETS.OUT_FEATURES)
         if not 0 < len(model.IN_FEATURES) <= model.NUM_FEATURE_LEVELS:
             raise InputError(
-                f"MODEL.CODETR.IN_FEATURES names {len(model.IN_FEATURES)} features; it must be at least one, and at most "
-                f"MODEL.CODETR.NUM_FEATURE_LEVELS ({model.NUM_FEATURE_LEVELS})"
+                f"MODEL.CODETR.IN_FEATURES names {len(model.IN_FEATURES)} features; it must be at least one, and at "
+                f"most MODEL.CODETR.NUM_FEATURE_LEVELS ({model.NUM_FEATURE_LEVELS})"
             )
         one_of("MODEL.CODETR.EVAL_HEAD", ["detr", *auxiliary_head_names(model.AUX_HEADS)])
         one_of("MODEL.CODETR.POSITIVE_QUERIES.PADDING", ["negatives", "mask"])
@@ -187,6 +187,9 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
             positive(*(f"MODEL.CODETR.{part}.{x}" for x in ("NUM_LAYERS", "NUM_HEADS", "NUM_POINTS", "FFN_DIM")))
             what = f"MODEL.CODETR.{part}.NUM_HEADS"
             divisible("MODEL.CODETR.EMBED_DIM", model.EMBED_DIM, _get(cfg, what), what)
+    one_of("INPUT.FORMAT", ["RGB", "BGR", "L", "YUV-BT.601"])
+    if cfg.DATALOADER.NUM_WORKERS < 0:
+        raise InputError(f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}; it must be 0 (no workers) or more")
     positive("TEST.DETECTIONS_PER_IMAGE")
     if solver.AMP.ENABLED:
         one_of("SOLVER.AMP.DTYPE", ["bfloat16"] if resolve_device(cfg) == "cpu" else ["bfloat16", "float16"])
@@ -213,6 +216,8 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     one_of("SOLVER.WARMUP_METHOD", ["linear", "constant"])
     one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ["full_model", "norm", "value"])
     one_of("DATALOADER.SAMPLER_TRAIN", TRAIN_SAMPLERS)
+    one_of("INPUT.RANDOM_FLIP", ["none", "horizontal", "vertical"])
+    one_of("INPUT.CROP.TYPE", ["relative_range", "relative", "absolute", "absolute_range"])
     if solver.EMA.ENABLED and not 0 < solver.EMA.DECAY < 1:
         raise InputError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}; it must lie between 0 and 1")
     for entry in solver.LR_MULTIPLIERS:

@@ -126,7 +126,7 @@ class StepTrainer(SimpleTrainer):
 
     def _message(self, what: str, files: list[str]) -> str:
         return (
-            f"training stopped at iteration {self.iter}: {what}. Images of this step: {', '.join(files)}. "
+            f"training stopped at iteration {self.iter}: {what.rstrip('.')}. Images of this step: {', '.join(files)}. "
             "Checkpoints saved before are whole. Look at the boxes of these images, or lower SOLVER.BASE_LR."
         )
 
@@ -273,6 +273,7 @@ class CoDETRTrainer(DefaultTrainer):
             self.ema.update(self.iter)
 
     def after_train(self) -> None:
+        self._trainer._data_loader_iter_obj = None  # ends its workers, which the last evaluation has no use for
         self.iter = min(self.iter, self.max_iter)  # it is one more where a finished run was resumed
         if self.iter == self.max_iter:
             self.weights_checkpointer.save("model_final", iteration=self.max_iter - 1)

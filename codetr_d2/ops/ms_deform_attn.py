@@ -1,5 +1,6 @@
 """The operator ``torch.ops.codetr_d2.ms_deform_attn``, and the choice of the backend that computes it."""
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ __all__ = ["active_backend", "ms_deform_attn", "set_backend"]
 
 BACKENDS = ("auto", "cpp", "eager")
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-BUILD_COMMAND = "python -m pip install --no-build-isolation --no-deps -e ."
+BUILD_COMMAND = f"{sys.executable} -m pip install --no-build-isolation --no-deps -e ."
 
 
 def _load_library() -> str:

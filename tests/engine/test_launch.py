@@ -54,14 +54,23 @@ def test_mistakes_of_the_user_are_one_line(args, message, config_file, capsys):
     assert exit.value.code == 2 and len(last) == 1 and last[0].startswith("error: ") and message in last[0]
 
 
+def test_an_interrupted_run_says_how_to_go_on(config_file, capsys, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_net, "run_processes", interrupt)
+    with pytest.raises(SystemExit) as exit:
+        train_net.main(["--config-file", str(config_file)])
+    assert exit.value.code == 130 and "--resume" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_end(start_process, tmp_path, assert_same_weights):
+def test_a_killed_run_resumes_to_the_same_end(start_process, config_file, tmp_path, assert_same_weights, capsys):
     common = options(
         SOLVER__MAX_ITER=60, SOLVER__CHECKPOINT_PERIOD=5, DATALOADER__NUM_WORKERS=2, SOLVER__EMA__ENABLED=True
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     whole = start_process(*common, "OUTPUT_DIR", tmp_path / "whole", **pipes)
-    finish(whole)
 
     folder = tmp_path / "run"
     killed = start_process(*common, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -73,8 +82,10 @@ def test_a_killed_run_resumes_to_the_same_end(start_process, tmp_path, assert_sa
     killed.wait()
     assert not (folder / "model_final.pth").exists()
 
-    output = finish(start_process(*common, **pipes), code=2)  # without --resume nothing is overwritten
-    assert output.strip().splitlines()[-1].startswith("error: OUTPUT_DIR")
+    with pytest.raises(SystemExit) as exit:  # without --resume nothing is overwritten
+        train_net.main(["--config-file", str(config_file), *common])
+    assert exit.value.code == 2 and "error: OUTPUT_DIR" in capsys.readouterr().err
+    finish(whole)
     finish(start_process("--resume", *common, **pipes))
     for name in ("model_0000059.pth", "model_final.pth"):
         assert_same_weights(tmp_path / "whole" / name, folder / name)
@@ -92,8 +103,9 @@ def test_two_processes_train_and_evaluate_like_one(start_process, tmp_path, asse
     common = options(
         MODEL__CODETR__ENCODER__DROPOUT=0.0, SOLVER__MAX_ITER=8, TEST__EVAL_PERIOD=4, SOLVER__EMA__ENABLED=True
     )
-    finish(start_process(*common, "OUTPUT_DIR", tmp_path / "one", **pipes))
+    one = start_process(*common, "OUTPUT_DIR", tmp_path / "one", **pipes)
     finish(start_process("--num-processes", 2, *common, "OUTPUT_DIR", tmp_path / "two", **pipes))
+    finish(one)
     assert_same_weights(tmp_path / "one" / "model_final.pth", tmp_path / "two" / "model_final.pth", tolerance=1e-5)
     assert_same_weights(tmp_path / "one" / "model_0000007.pth", tmp_path / "two" / "model_0000007.pth", tolerance=1e-5)
     one, two = (
@@ -106,12 +118,10 @@ def test_two_processes_train_and_evaluate_like_one(start_process, tmp_path, asse
             assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-3)
     assert "bbox/AP" in one[-1]
 
-    # A mistake that only a process of its own can find is still one line.
-    output = finish(start_process("--num-processes", 2, "DATASETS.TRAIN", "('tiny_none',)", **pipes), code=2)
-    assert output.strip().splitlines()[-1].startswith("error: ") and output.count("error: ") == 1
-
 
 @pytest.mark.slow
-def test_other_errors_of_a_process_keep_their_traceback():
-    with pytest.raises(Exception, match="a fault of our own"):
+def test_mistakes_of_the_user_reach_the_first_process_and_other_errors_keep_their_traceback():
+    with pytest.raises(InputError, match="^first$"):
+        run_processes(raise_input_error, 2, device="cpu", args=("first",))
+    with pytest.raises(Exception, match="(?s)Traceback.*in raise_other_error.*a fault of our own"):
         run_processes(raise_other_error, 2, device="cpu")

@@ -3,7 +3,8 @@
 // Every sampling point reads four taps, the neighbouring cells of its location, each of them D contiguous channels. The
 // kernels first turn all points of one query and head into flat lists of tap offsets and weights (a loop that
 // vectorises over points), then run over the taps with the accumulators in vector registers (vectorised over channels).
-// A tap outside its map points to a row of zeros, so that the inner loops have no branch and never read what they must not.
+// A tap outside its map points to a row of zeros, so that the inner loops have no branch and never read what they must
+// not.
 //
 // The kernels are templates on the vector size, forced inline into one function for each instruction set; which
 // of them runs is decided when called. Nothing is compiled for the building machine alone.
@@ -101,7 +102,8 @@ struct Problem {
   const T* zeros;  // [D]
   T* output;
 
-  // Backward only. A work item is one image, head and one of `groups` runs of levels, whose tokens no other item touches.
+  // Backward only. A work item is one image, head and one of `groups` runs of levels, whose tokens no other item
+  // touches.
   const T* grad_output;
   T* grad_value;
   A* grad_locations;
@@ -109,7 +111,8 @@ struct Problem {
   int64_t groups;
 };
 
-// The taps of up to n points: tap k of point i stands at [k * n + i], k = 0..3 being (y, x), (y, x+1), (y+1, x), (y+1, x+1).
+// The taps of up to n points: tap k of point i stands at [k * n + i], k = 0..3 being (y, x), (y, x+1), (y+1, x),
+// (y+1, x+1).
 template <typename A>
 struct Taps {
   explicit Taps(int64_t n)
@@ -266,8 +269,8 @@ ALWAYS_INLINE void scatter(const char* base, char* grad_base, int64_t n, const T
   }
 }
 
-// Work items [begin, end) of one image. `grad_value` points to the gradient of the image's first token and head 0, where
-// tokens are `grad_stride` numbers apart and heads `grad_head_stride`; `dump` is a row that nobody reads.
+// Work items [begin, end) of one image. `grad_value` points to the gradient of the image's first token and head 0,
+// where tokens are `grad_stride` numbers apart and heads `grad_head_stride`; `dump` is a row that nobody reads.
 template <int VECTOR_BYTES, typename T, typename A>
 ALWAYS_INLINE void backward_items(
     const Problem<T, A>& p, Taps<A>& taps, int64_t image, int64_t begin, int64_t end, A* grad_value,
