@@ -50,6 +50,18 @@ class FeaturePyramid:
         sizes = [(w, h, w, h) for h, w in self.image_sizes]
         return torch.as_tensor(sizes, dtype=torch.float32, device=self.tokens.device)
 
+    @property
+    def cell_centres(self) -> Tensor:
+        """[B, S, 2] float32, the centre of each token's cell as (x, y), normalised by the valid part of its level."""
+        device = self.tokens.device
+        centres = []
+        for level, (height, width) in enumerate(self.shapes):
+            y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
+            x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
+            cells = torch.stack((x.repeat(height), y.repeat_interleave(width)), dim=-1)  # [h * w, 2]
+            centres.append(cells / (self.valid_ratios[:, None, level] * torch.tensor([width, height], device=device)))
+        return torch.cat(centres, dim=1)
+
     def maps(self) -> list[Tensor]:
         """The levels as maps, each [B, C, height, width]."""
         levels = self.tokens.split([h * w for h, w in self.shapes], dim=1)

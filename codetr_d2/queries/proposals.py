@@ -50,14 +50,8 @@ def prior_boxes(pyramid: FeaturePyramid) -> tuple[Tensor, Tensor]:
         boxes: [B, S, 4] cxcywh normalised by the valid size; sides of 0.05, doubled from level to level.
         valid: [B, S] bool, False for padding and for priors that reach a border of the image.
     """
-    device = pyramid.tokens.device
-    boxes = []
-    for level, (height, width) in enumerate(pyramid.shapes):
-        y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
-        x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
-        cells = torch.stack((x.repeat(height), y.repeat_interleave(width)), dim=-1)
-        centres = cells / (pyramid.valid_ratios[:, None, level] * torch.tensor([width, height], device=device))
-        boxes.append(torch.cat((centres, torch.full_like(centres, PRIOR_SIZE * 2.0**level)), dim=-1))
-    boxes = torch.cat(boxes, dim=1)
+    sides = [PRIOR_SIZE * 2.0**level for level, (h, w) in enumerate(pyramid.shapes) for _ in range(h * w)]
+    centres = pyramid.cell_centres
+    boxes = torch.cat((centres, centres.new_tensor(sides)[:, None].expand_as(centres)), dim=-1)
     inside = ((boxes > BORDER) & (boxes < 1 - BORDER)).all(-1)
     return boxes, inside & ~pyramid.padding_mask

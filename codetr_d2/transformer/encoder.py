@@ -114,12 +114,4 @@ class DeformableEncoder(nn.Module):
     @staticmethod
     def reference_points(pyramid: FeaturePyramid) -> Tensor:
         """Centre of each token's cell, normalised to the padded size of each target level: [B, S, L, 2] as (x, y)."""
-        device = pyramid.valid_ratios.device
-        centres = []
-        for level, (height, width) in enumerate(pyramid.shapes):
-            y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
-            x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
-            cells = torch.stack((x.repeat(height), y.repeat_interleave(width)), dim=-1)  # [h * w, 2]
-            valid_size = pyramid.valid_ratios[:, None, level] * torch.tensor([width, height], device=device)
-            centres.append(cells / valid_size)  # [B, h * w, 2], normalised to the valid part
-        return torch.cat(centres, dim=1).unsqueeze(2) * pyramid.valid_ratios.unsqueeze(1)
+        return pyramid.cell_centres.unsqueeze(2) * pyramid.valid_ratios.unsqueeze(1)
