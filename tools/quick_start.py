@@ -107,7 +107,9 @@ def draw_test_pictures(cfg: CfgNode, predictor: DefaultPredictor, file: Path) ->
         found = predictor(image)["instances"].to("cpu")
         found = found[found.scores >= SCORE_THRESHOLD]
         truth_axis.imshow(draw_annotations(image, picture["annotations"], names, LONG_SIDE))
-        truth_axis.set_title(f"{Path(picture['file_name']).name}: ground truth", fontsize=10)
+        name = Path(picture["file_name"]).name
+        name = name if len(name) <= 20 else f"...{name[-18:]}"  # all that fits over the picture
+        truth_axis.set_title(f"{name}: ground truth", fontsize=10)
         prediction_axis.imshow(draw_predictions(image, found, names, LONG_SIDE))
         prediction_axis.set_title(f"prediction (score {SCORE_THRESHOLD} or more)", fontsize=10)
     figure.tight_layout()
