@@ -6,51 +6,58 @@ operator then runs in plain PyTorch. ``CODETR_D2_NO_CPP=1`` leaves the C++ opera
 
 import os
 import sys
+from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    problem = ""
+except ImportError as error:
+    BuildExtension, CppExtension = build_ext, Extension
+    problem = f"PyTorch can't be imported ({error}). Install it, then run pip with --no-build-isolation."
+if os.environ.get("CODETR_D2_NO_CPP", "0") not in ("", "0"):
+    problem = "CODETR_D2_NO_CPP is set."
 
 
-def warn(reason):
-    print(
-        "WARNING: codetr_d2 is installed without its C++ operator, so deformable attention will be slow on the CPU: "
-        + reason,
-        file=sys.stderr,
-    )
+class OptionalBuildExtension(BuildExtension):
+    """Builds the library, or warns and goes on without it."""
 
+    def __init__(self, *args, **kwargs):
+        # torch.ops.load_library loads it: it is no Python module, needs no Python headers and fits every Python 3.
+        options = {} if BuildExtension is build_ext else {"no_python_abi_suffix": True, "use_ninja": False}
+        super().__init__(*args, **kwargs, **options)
 
-def cpp_extension():
-    """The arguments of ``setup`` that build the operator; empty where it can't be built."""
-    if os.environ.get("CODETR_D2_NO_CPP", "0") not in ("", "0"):
-        warn("CODETR_D2_NO_CPP is set.")
-        return {}
-    try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError as error:
-        warn(f"PyTorch can't be imported ({error}). Install it, then run pip with --no-build-isolation.")
-        return {}
-
-    class OptionalBuildExtension(BuildExtension):
-        """Builds the library, or goes on without it."""
-
-        def build_extensions(self):
+    def build_extensions(self):
+        reason = problem
+        if not reason:
             try:
                 super().build_extensions()
-            except (Exception, SystemExit) as error:  # whatever compilers, distutils and PyTorch raise
-                warn(f"its build failed ({str(error).splitlines()[0] if str(error) else type(error).__name__}).")
+                return
+            except (Exception, SystemExit) as error:  # whatever compilers, setuptools and PyTorch raise
+                reason = f"its build failed ({(str(error) or type(error).__name__).splitlines()[0]})."
+        print(
+            "WARNING: codetr_d2 is installed without its C++ operator: deformable attention will be slow on the CPU: "
+            + reason,
+            file=sys.stderr,
+        )
+        for extension in self.extensions:
+            extension.optional = True  # nobody misses the file
+        if getattr(self, "editable_mode", False):  # an older build in the source folder would be taken for this one
+            for library in Path("codetr_d2").glob("_C.*"):
+                library.unlink()
 
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: single-threaded there
-    extension = CppExtension(
-        "codetr_d2._C",
-        ["codetr_d2/ops/csrc/ms_deform_attn_cpu.cpp"],
-        # No -march=native: the file holds the kernels of several instruction sets, and the build may move.
-        extra_compile_args=["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", *openmp],
-        extra_link_args=openmp,
-        optional=True,  # a library that isn't there is not copied
-    )
-    # Loaded by torch.ops.load_library: it is no Python module, needs no Python headers and fits every Python 3.
-    command = OptionalBuildExtension.with_options(no_python_abi_suffix=True, use_ninja=False)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": command}}
 
+openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: single-threaded there
+extension = CppExtension(
+    "codetr_d2._C",
+    ["codetr_d2/ops/csrc/ms_deform_attn_cpu.cpp"],
+    # No -march=native: the file holds the kernels of several instruction sets, and the build may move.
+    extra_compile_args=["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", *openmp],
+    extra_link_args=openmp,
+)
 
 setup(
     name="codetr_d2",
@@ -76,5 +83,6 @@ setup(
         # OpenCV too, as opencv-python or opencv-python-headless: detectron2 and the demo import cv2 from either.
     ],
     extras_require={"dev": ["pytest", "ruff"], "quickstart": ["scikit-learn"]},
-    **cpp_extension(),
+    ext_modules=[extension],
+    cmdclass={"build_ext": OptionalBuildExtension},
 )
