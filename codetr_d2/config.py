@@ -15,11 +15,17 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.CODETR.NUM_CLASSES = 80  # the number of object classes, for all heads; background is not counted
     # Names of the classes, for drawing; training fills them in from the dataset, so that a saved config carries them.
     _C.MODEL.CODETR.CLASS_NAMES = []
-    _C.MODEL.CODETR.QUERY_HEAD = "CoDeformableDETRHead"  # a name in QUERY_HEAD_REGISTRY
+    _C.MODEL.CODETR.QUERY_HEAD = "CoDeformableDETRHead"  # or CoDINOHead: a name in QUERY_HEAD_REGISTRY
     _C.MODEL.CODETR.IN_FEATURES = ["res3", "res4", "res5"]  # backbone outputs, from fine to coarse
     _C.MODEL.CODETR.NUM_FEATURE_LEVELS = 4  # levels of the transformer; those past IN_FEATURES are added by the neck
+    # "" where the backbone's features are the levels already (ViT with its feature pyramid).
+    _C.MODEL.CODETR.NECK = "ChannelMapper"
     _C.MODEL.CODETR.EMBED_DIM = 256
     _C.MODEL.CODETR.NUM_QUERIES = 300
+    # > 0: every image lies at the top left of a square of so many pixels, whose rest has the value CANVAS_VALUE and
+    # counts as a part of the image (large-scale jitter). 0: images are padded to the batch's largest, with a mask.
+    _C.MODEL.CODETR.CANVAS_SIZE = 0
+    _C.MODEL.CODETR.CANVAS_VALUE = 114.0
 
     # Auxiliary heads, in order: names in AUX_HEAD_REGISTRY. [] is the plain detector (K = 0); a name may repeat.
     _C.MODEL.CODETR.AUX_HEADS = ["roi", "atss"]
@@ -31,6 +37,15 @@ def add_codetr_config(cfg: CN) -> None:
     # An image with fewer positives than the batch's largest is filled up with "negatives" (background candidates that
     # are trained as background, as in the published code) or by "mask" (empty slots, as the paper says).
     _C.MODEL.CODETR.POSITIVE_QUERIES.PADDING = "negatives"
+    # Contrastive denoising (Co-DINO): noised ground truth as further queries in training.
+    _C.MODEL.CODETR.DENOISING = CN()
+    _C.MODEL.CODETR.DENOISING.NUM_QUERIES = 100  # pairs of a positive and a negative query for each image; 0: none
+    _C.MODEL.CODETR.DENOISING.LABEL_NOISE = 0.5  # half of this share of the labels is replaced by random ones
+    _C.MODEL.CODETR.DENOISING.BOX_NOISE = 1.0  # corners move by up to this share of half the side (negatives: twice)
+    # > 0: detections of the same class that overlap by at least so much lower each other's score (linear soft-NMS).
+    _C.MODEL.CODETR.SOFT_NMS_THRESH = 0.0
+    # Instance masks, with MODEL.MASK_ON: "roi" (the ROI auxiliary head's Mask R-CNN branch) or "refine" (Co-DINO-Inst).
+    _C.MODEL.CODETR.MASK_HEAD = "roi"
     _C.MODEL.CODETR.EVAL_HEAD = "detr"  # whose detections inference returns: detr, or an auxiliary head: roi, atss
 
     _C.MODEL.CODETR.ENCODER = CN()
@@ -67,9 +82,40 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.ATSS.LOSS_CENTERNESS = 1.0
     _C.MODEL.ATSS.PRE_NMS_TOPK_TEST = 1000  # of each level
     _C.MODEL.ATSS.NMS_THRESH_TEST = 0.6
+    _C.MODEL.ATSS.SOFT_NMS = False  # lower the scores of what overlaps instead of dropping it
+    _C.MODEL.ROI_HEADS.SOFT_NMS = False
 
     # Deformable attention: auto, cpp or eager. auto takes the fastest one that works where the tensors are.
     _C.MODEL.MS_DEFORM_ATTN = "auto"
+
+    # Where the loaded weights have other classes: "" starts the classifiers anew; the name of the dataset that the
+    # weights were trained on (coco_2017_train, lvis_v1_train, ...) takes over the rows of classes that both name.
+    _C.MODEL.CODETR.REUSE_CLASSES = ""
+
+    # Swin Transformer: MODEL.BACKBONE.NAME "build_swin_backbone", with the features p0, p1, p2, p3 at strides 4 to 32.
+    _C.MODEL.SWIN = CN()
+    _C.MODEL.SWIN.EMBED_DIM = 96
+    _C.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]
+    _C.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]
+    _C.MODEL.SWIN.WINDOW_SIZE = 7
+    _C.MODEL.SWIN.DROP_PATH_RATE = 0.2
+    _C.MODEL.SWIN.ACTIVATION_CHECKPOINTING = False
+
+    # EVA-02 ViT with its simple feature pyramid: MODEL.BACKBONE.NAME "build_eva02_pyramid_backbone", with the features
+    # p2 to p6 at strides 4 to 64, of MODEL.FPN.OUT_CHANNELS channels.
+    _C.MODEL.EVA02 = CN()
+    _C.MODEL.EVA02.EMBED_DIM = 1024
+    _C.MODEL.EVA02.DEPTH = 24
+    _C.MODEL.EVA02.NUM_HEADS = 16
+    _C.MODEL.EVA02.PATCH_SIZE = 16
+    _C.MODEL.EVA02.WINDOW_SIZE = 24  # patches
+    _C.MODEL.EVA02.GLOBAL_BLOCKS = [3, 7, 11, 15, 19, 23]  # these attend to the whole image, the others to windows
+    _C.MODEL.EVA02.PRETRAIN_IMAGE_SIZE = 512  # pixels; of the absolute position embedding
+    # > 0: images are squares of so many pixels, which the rotary positions of the global blocks are made for.
+    # 0: rotary positions fit the size of each image.
+    _C.MODEL.EVA02.IMAGE_SIZE = 0
+    _C.MODEL.EVA02.DROP_PATH_RATE = 0.4
+    _C.MODEL.EVA02.ACTIVATION_CHECKPOINTING = False
 
     # Any timm backbone: MODEL.BACKBONE.NAME "build_timm_backbone".
     _C.MODEL.TIMM = CN()
@@ -77,9 +123,23 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.TIMM.FREEZE_BATCH_NORM = True  # use the running statistics and don't train them, as published for ResNet
     _C.MODEL.TIMM.PRETRAINED = False  # let timm download its own weights
 
+    # Data, beside detectron2's INPUT options. Large-scale jitter: the image is scaled at random and cropped to a square
+    # of MODEL.CODETR.CANVAS_SIZE.
+    _C.INPUT.LARGE_SCALE_JITTER = CN()
+    _C.INPUT.LARGE_SCALE_JITTER.ENABLED = False
+    _C.INPUT.LARGE_SCALE_JITTER.MIN_SCALE = 0.1
+    _C.INPUT.LARGE_SCALE_JITTER.MAX_SCALE = 2.0
+    # Copy-paste: objects of a second image are pasted onto the first by their masks.
+    _C.INPUT.COPY_PASTE = CN()
+    _C.INPUT.COPY_PASTE.ENABLED = False
+    _C.INPUT.COPY_PASTE.MAX_NUM_PASTED = 100
+
     # Training, beside detectron2's SOLVER options.
     # (part of a parameter's name, factor of its learning rate) pairs; the first that fits counts.
     _C.SOLVER.LR_MULTIPLIERS = []
+    # < 1: the learning rate of ViT block i of n is multiplied by this to the power of n - i, and biases, norms and
+    # position embeddings have no weight decay.
+    _C.SOLVER.LAYER_DECAY = 1.0
     # The schedule in epochs: > 0 sets MAX_ITER and STEPS from the size of the training set. Periods stay in iterations.
     _C.SOLVER.MAX_EPOCHS = 0
     _C.SOLVER.STEPS_EPOCHS = ()
