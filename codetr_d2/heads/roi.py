@@ -219,9 +219,9 @@ class ROIHead(AuxiliaryHead):
     def forward(self, pyramid: FeaturePyramid, targets: list[Instances]) -> tuple[dict[str, Tensor], PositiveSamples]:
         """See the base class."""
         images, features = self._inputs(pyramid)
-        # What counts as an image's size is the pyramid's affair: without a padding mask it is the whole canvas.
-        targets = [Instances(size, **x.get_fields()) for size, x in zip(pyramid.image_sizes, targets)]
-        proposals, rpn_losses = self.proposal_generator(images, features, targets)
+        # Where anchors may lie is the pyramid's affair: cells that an image reaches with its own padding.
+        anchor_targets = [Instances(size, **x.get_fields()) for size, x in zip(pyramid.padded_sizes, targets)]
+        proposals, rpn_losses = self.proposal_generator(images, features, anchor_targets)
         proposals, roi_losses = self.roi_heads(images, features, proposals, targets)
         names = {"loss_rpn_loc": "loss_rpn_box", "loss_box_reg": "loss_box"}
         losses = {names.get(name, name): loss for name, loss in {**rpn_losses, **roi_losses}.items()}
