@@ -22,7 +22,7 @@ class SwinBackbone(SwinTransformer):
     Images may have any size. Parameters are named as in the published weights.
 
     Args:
-        out_features: names of the features to return.
+        out_features: names of the features to return; the model ends after the last of them.
         embed_dim: channels of the first stage; they double from stage to stage.
         depths, num_heads: blocks, and attention heads of each block, by stage.
         window_size: side of the attention windows.
@@ -46,17 +46,21 @@ class SwinBackbone(SwinTransformer):
         names = [f"p{i}" for i in range(len(depths))]
         missing = [name for name in out_features if name not in names]
         if missing:
-            raise InputError(f"build_swin_backbone has no feature {missing[0]!r}; it has {', '.join(names)}")
+            raise InputError(
+                f"MODEL.CODETR.IN_FEATURES (MODEL.FPN.IN_FEATURES under an FPN): Swin has no {missing}; it has "
+                f"{', '.join(names)}."
+            )
+        num_stages = 1 + max(names.index(name) for name in out_features)
         super().__init__(
             embed_dim=embed_dim,
-            depths=depths,
-            num_heads=num_heads,
+            depths=depths[:num_stages],
+            num_heads=num_heads[:num_stages],
             window_size=window_size,
             drop_path_rate=0.0,  # set below: detectron2 looks for DropPath where timm no longer keeps it
             out_indices=[i for i, name in enumerate(names) if name in out_features],
         )
         blocks = [block for layer in self.layers for block in layer.blocks]
-        for block, rate in zip(blocks, np.linspace(0, drop_path_rate, len(blocks)).tolist()):
+        for block, rate in zip(blocks, np.linspace(0, drop_path_rate, sum(depths)).tolist()):
             if rate:
                 block.drop_path = DropPath(rate)
             if activation_checkpointing:  # detectron2's own needs inputs with a gradient

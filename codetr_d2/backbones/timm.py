@@ -29,8 +29,8 @@ class TimmBackbone(Backbone):
         pretrained: load timm's own weights (needs network access).
 
     Raises:
-        InputError: the name is not a timm model with feature maps, a feature does not exist, or the model takes images
-            of a single size only.
+        InputError: the name is not a timm model with feature maps, a feature does not exist, or the model takes only
+            images of its own size.
     """
 
     def __init__(
@@ -49,28 +49,25 @@ class TimmBackbone(Backbone):
         index = {f"stride{stride}": i for i, stride in enumerate(strides)}
         missing = [feature for feature in out_features if feature not in index]
         if missing:
-            raise InputError(f"MODEL.CODETR.IN_FEATURES: {name} has no {missing}; it has {', '.join(index)}.")
+            raise InputError(
+                f"MODEL.CODETR.IN_FEATURES (MODEL.FPN.IN_FEATURES under an FPN): {name} has no {missing}; it has "
+                f"{', '.join(index)}."
+            )
         self.out_features = list(out_features)
         options, self._size_divisibility = _for_any_size(name)
         indices = [index[feature] for feature in out_features]
-        self.model = timm.create_model(
-            name, features_only=True, out_indices=indices, pretrained=pretrained, **options
-        )
+        self.model = timm.create_model(name, features_only=True, out_indices=indices, pretrained=pretrained, **options)
         channels, strides = self.model.feature_info.channels(), self.model.feature_info.reduction()
         self._output_shape = {
             feature: ShapeSpec(channels=c, stride=s) for feature, c, s in zip(out_features, channels, strides)
         }
-        self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
         if freeze_batch_norm:
             # detectron2's FrozenBatchNorm2d would drop the activation that timm fuses into its batch norm.
             self.model = freeze_batch_norm_2d(self.model)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] normalised images -> feature maps [B, C, h, w] by name."""
-        features = self.model(x)
-        if self.channels_last:
-            features = [y.permute(0, 3, 1, 2).contiguous() for y in features]
-        return dict(zip(self.out_features, features))
+        return dict(zip(self.out_features, _feature_maps(self.model, x)))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return self._output_shape
@@ -78,6 +75,14 @@ class TimmBackbone(Backbone):
     @property
     def size_divisibility(self) -> int:
         return self._size_divisibility
+
+
+def _feature_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """[B, C, h, w] features, whatever order the model has them in."""
+    features = model(x)
+    if getattr(model, "output_fmt", "NCHW") == "NHWC":
+        features = [y.permute(0, 3, 1, 2).contiguous() for y in features]
+    return features
 
 
 def _on_meta(name: str, **options: object) -> nn.Module:
@@ -93,15 +98,22 @@ def _for_any_size(name: str) -> tuple[dict[str, object], int]:
     Raises:
         InputError: there are none.
     """
+    error = None
     for options in ({}, {"dynamic_img_size": True}):
-        for size, divisibility in (((100, 132), 0), ((96, 160), 32)):
+        for size, divisibility in (((101, 135), 0), ((96, 160), 32)):
             try:
-                _on_meta(name, **options)(torch.zeros(1, 3, *size, device="meta"))
-                return options, divisibility
+                model = _on_meta(name, **options)
+                features = _feature_maps(model, torch.zeros(1, 3, *size, device="meta"))
             except _REFUSALS as refusal:
-                error = refusal
+                error = error or refusal
+                continue
+            strides = model.feature_info.reduction()
+            # Models that round down leave out the rim of an image that is not a multiple of their strides.
+            if all(y.shape[2:] == tuple(-(-side // s) for side in size) for y, s in zip(features, strides)):
+                return options, divisibility
+            error = error or "they do not cover the image"
     raise InputError(
-        f"MODEL.TIMM.NAME: {name!r} takes only images of its own size ({error}). Choose another model."
+        f"MODEL.TIMM.NAME: {name!r} gives feature maps only for images of its own size ({error}). Choose another model."
     )
 
 
