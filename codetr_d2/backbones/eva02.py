@@ -21,6 +21,8 @@ __all__ = ["Eva02", "Eva02Pyramid", "build_eva02_pyramid_backbone", "rotary_tabl
 # Rotary positions run from 0 to this, however many tokens there are: the grid that EVA-02 was pretrained on.
 _ROTARY_RANGE = 16
 
+_LEVELS = ("p2", "p3", "p4", "p5", "p6")
+
 
 def rotary_tables(height: int, width: int, head_dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary position embedding on a grid of tokens.
@@ -197,15 +199,24 @@ class Eva02Pyramid(Backbone):
     Args:
         net: the ViT.
         out_channels: channels of every level.
+        out_features: names of the levels to return; there are no others in the model.
+
+    Raises:
+        InputError: a level does not exist.
     """
 
-    def __init__(self, net: Eva02, out_channels: int):
+    def __init__(self, net: Eva02, out_channels: int, out_features: Sequence[str] = _LEVELS):
         super().__init__()
+        missing = [name for name in out_features if name not in _LEVELS]
+        if missing:
+            raise InputError(f"MODEL.CODETR.IN_FEATURES: EVA-02 has no {missing}; it has {', '.join(_LEVELS)}.")
         self.net = net
         dim = net.pos_embed.shape[-1]
         patch_size = net.patch_embed.proj.stride[0]
         self._output_shape = {
-            f"p{i}": ShapeSpec(channels=out_channels, stride=patch_size * 2**i // 16) for i in range(2, 7)
+            name: ShapeSpec(channels=out_channels, stride=patch_size * 2**i // 4)
+            for i, name in enumerate(_LEVELS)
+            if name in out_features
         }
 
         def conv(in_dim: int, out_dim: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
@@ -223,11 +234,15 @@ class Eva02Pyramid(Backbone):
         def halve() -> nn.Module:
             return nn.MaxPool2d(3, 2, 1)
 
-        self.p2 = nn.Sequential(*double(dim), *double(dim // 2), *output(dim // 4))
-        self.p3 = nn.Sequential(*double(dim), *output(dim // 2))
-        self.p4 = nn.Sequential(*output(dim))
-        self.p5 = nn.Sequential(halve(), *output(dim))
-        self.p6 = nn.Sequential(halve(), *conv(dim, dim, 3, 2), nn.GELU(), *output(dim))
+        levels = {
+            "p2": lambda: [*double(dim), *double(dim // 2), *output(dim // 4)],
+            "p3": lambda: [*double(dim), *output(dim // 2)],
+            "p4": lambda: output(dim),
+            "p5": lambda: [halve(), *output(dim)],
+            "p6": lambda: [halve(), *conv(dim, dim, 3, 2), nn.GELU(), *output(dim)],
+        }
+        for name in self._output_shape:
+            self.add_module(name, nn.Sequential(*levels[name]()))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] normalised images -> feature maps by name."""
@@ -239,7 +254,7 @@ class Eva02Pyramid(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        return 2 * self._output_shape["p4"].stride
+        return 2 * self.net.patch_embed.proj.stride[0]
 
     @property
     def padding_constraints(self) -> dict[str, int]:
@@ -249,7 +264,10 @@ class Eva02Pyramid(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_eva02_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Eva02Pyramid:
-    """``MODEL.EVA02`` -> backbone with the features p2 to p6 of ``MODEL.FPN.OUT_CHANNELS`` channels."""
+    """``MODEL.EVA02`` -> backbone with the features that ``MODEL.CODETR.IN_FEATURES`` names (p2 to p6).
+
+    They have ``MODEL.FPN.OUT_CHANNELS`` channels.
+    """
     options = cfg.MODEL.EVA02
     net = Eva02(
         embed_dim=options.EMBED_DIM,
@@ -263,4 +281,4 @@ def build_eva02_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Eva02P
         drop_path_rate=options.DROP_PATH_RATE,
         activation_checkpointing=options.ACTIVATION_CHECKPOINTING,
     )
-    return Eva02Pyramid(net, cfg.MODEL.FPN.OUT_CHANNELS)
+    return Eva02Pyramid(net, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.CODETR.IN_FEATURES)

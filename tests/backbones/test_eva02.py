@@ -193,6 +193,7 @@ def test_the_config_gives_the_published_model():
     cfg = get_cfg()
     add_codetr_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "build_eva02_pyramid_backbone"
+    cfg.MODEL.CODETR.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
     with torch.device("meta"):
         backbone = build_backbone(cfg)
     shapes = {name: tuple(p.shape) for name, p in backbone.named_parameters()}
@@ -205,3 +206,11 @@ def test_the_config_gives_the_published_model():
     cfg.MODEL.EVA02.IMAGE_SIZE = 1536
     with torch.device("meta"):
         assert build_backbone(cfg).padding_constraints["square_size"] == 1536
+
+
+def test_only_the_levels_asked_for_are_built():
+    pyramid = Eva02Pyramid(tiny(patch_size=16, pretrain_image_size=64), 8, ["p5", "p3"])
+    assert {name for name, _ in pyramid.named_children()} == {"net", "p3", "p5"}
+    assert {name: x.shape[2:] for name, x in pyramid(torch.randn(1, 3, 64, 32)).items()} == {"p3": (8, 4), "p5": (2, 1)}
+    with pytest.raises(InputError, match=r"MODEL\.CODETR\.IN_FEATURES: EVA-02 has no \['res3'\]; it has p2, p3"):
+        Eva02Pyramid(tiny(), 8, ["res3"])

@@ -8,8 +8,10 @@ from detectron2.utils.events import EventStorage
 from codetr_d2 import add_codetr_config
 from codetr_d2.errors import InputError
 
+PYRAMID = ["p2", "p3", "p4", "p5", "p6"]
 TINY_SWIN = {"MODEL.SWIN.EMBED_DIM": 8, "MODEL.SWIN.DEPTHS": [1, 1, 1, 1], "MODEL.SWIN.NUM_HEADS": [1, 2, 2, 4]}
 TINY_VIT = {
+    "MODEL.CODETR.IN_FEATURES": PYRAMID,
     "MODEL.EVA02.EMBED_DIM": 32,
     "MODEL.EVA02.DEPTH": 2,
     "MODEL.EVA02.NUM_HEADS": 2,
@@ -17,7 +19,6 @@ TINY_VIT = {
     "MODEL.EVA02.GLOBAL_BLOCKS": [1],
     "MODEL.EVA02.PRETRAIN_IMAGE_SIZE": 64,
 }
-PYRAMID = ["p2", "p3", "p4", "p5", "p6"]
 
 
 def mask_rcnn_config(backbone, features, options):
