@@ -102,7 +102,7 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.SWIN.ACTIVATION_CHECKPOINTING = False
 
     # EVA-02 ViT with its simple feature pyramid: MODEL.BACKBONE.NAME "build_eva02_pyramid_backbone", with the features
-    # p2 to p6 at strides 4 to 64, of MODEL.FPN.OUT_CHANNELS channels.
+    # p2 to p6 at strides 4 to 64, of MODEL.FPN.OUT_CHANNELS channels; only those in MODEL.CODETR.IN_FEATURES are built.
     _C.MODEL.EVA02 = CN()
     _C.MODEL.EVA02.EMBED_DIM = 1024
     _C.MODEL.EVA02.DEPTH = 24
