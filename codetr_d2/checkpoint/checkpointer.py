@@ -182,6 +182,9 @@ class CoDETRCheckpointer(DetectionCheckpointer):
         own = self.model.state_dict()
         takes_what_fits = checkpoint.get("matching_heuristics", False)
 
+        beside = checkpoint.keys() - {"model", "matching_heuristics"}
+        if is_published(weights) and beside:
+            self.logger.info("Not used: entries beside the weights: %s", ", ".join(sorted(beside)))
         weights = self._in_our_names(weights, own)
         anew = set()
         if not takes_what_fits:
@@ -222,8 +225,8 @@ class CoDETRCheckpointer(DetectionCheckpointer):
         starts_training = self._fine_tune and self._weights_only
         if not starts_training and in_file != in_model:
             raise InputError(
-                f"{self._path}: has {in_file} classes, but MODEL.CODETR.NUM_CLASSES is {in_model}; set it to {in_file}, "
-                "or train on the other classes with this file as MODEL.WEIGHTS"
+                f"{self._path}: has {in_file} classes, but MODEL.CODETR.NUM_CLASSES is {in_model}; "
+                f"set it to {in_file}, or train on the other classes with this file as MODEL.WEIGHTS"
             )
         if not starts_training or (in_file == in_model and not self._reuse_classes):
             return weights, set()
@@ -277,8 +280,9 @@ class CoDETRCheckpointer(DetectionCheckpointer):
             sides = [f"lacks {_brief(lacking)}"] * bool(lacking) + [f"has {_brief(surplus)}"] * bool(surplus)
             raise InputError(
                 f"{self._path}: weights of another model, or with names of another version: compared with the model it "
-                f"{' and '.join(sides)}; choose the config that belongs to the file (see {next(iter(others.values()))}), "
-                f"or load what fits with MODEL.WEIGHTS '{self._path.split('?')[0]}?matching_heuristics=True'"
+                f"{' and '.join(sides)}; choose the config that belongs to the file (look at "
+                f"{next(iter(others.values()))}), or load what fits with MODEL.WEIGHTS "
+                f"'{self._path.split('?')[0]}?matching_heuristics=True'"
             )
         for line in describe({name: reason for name, reason in own_part.items() if name not in in_model}):
             self.logger.info("Not used: %s", line)

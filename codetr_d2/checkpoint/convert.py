@@ -15,9 +15,10 @@ __all__ = ["checkpoint_to_codetr", "checkpoint_to_published"]
 def checkpoint_to_codetr(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Convert a published checkpoint into one of ours.
 
-    What has no place in ours is kept in the entry ``published``, so that the way back gives the same file: ``entries``
-    and ``weights_entry`` (names of the file's entries, in order, and of that with the weights), ``names`` (of the
-    weights, in order), ``metadata`` (the state dict's own), ``unused`` (weights by name), ``other`` (the other entries).
+    What has no place in ours is kept in the entry ``published``, so that the way back gives the same file:
+    ``entries`` and ``weights_entry`` (names of the file's entries, in order, and of that with the weights), ``names``
+    (of the weights, in order), ``metadata`` (the state dict's own), ``unused`` (weights by name), ``other`` (the other
+    entries).
 
     Args:
         data: content of the file.
@@ -32,15 +33,9 @@ def checkpoint_to_codetr(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str
     entry = weights_entry(data)
     weights = data[entry] if entry else data
     if not is_published(weights):
-        ours = any(name.startswith(("query_head.decoder.", "query_head.encoder.")) for name in weights)
-        what = (
-            "is a checkpoint of this project already; --to-published converts it back"
-            if ours
-            else (
-                "holds no published Co-DETR weights; backbones and other files need no conversion: give them as MODEL.WEIGHTS"
-            )
-        )
-        raise InputError(what)
+        if any(name.startswith(("query_head.decoder.", "query_head.encoder.")) for name in weights):
+            raise InputError("is a checkpoint of this project already; --to-published converts it back")
+        raise InputError("holds no published Co-DETR weights; give backbones as MODEL.WEIGHTS, without conversion")
     converted, unused = published_to_codetr(weights)
     kept = {
         "entries": list(data) if entry else [],

@@ -64,8 +64,6 @@ class _Inert(list):
     A list, because torch appends to nothing else.
     """
 
-    stands_for = ""
-
     def __new__(cls, *args):
         return super().__new__(cls)
 
@@ -92,11 +90,6 @@ class _InertMapping:
         return OrderedDict()
 
 
-def _stand_in(name: str) -> tuple[type, str]:
-    base = _InertMapping if name.lower().endswith("dict") else _Inert
-    return type("StandIn", (base,), {"stands_for": name}), name
-
-
 def load_torch(path: str) -> tuple[dict, list[str]]:
     """Read a file of ``torch.save`` on the CPU, with ``weights_only``.
 
@@ -110,18 +103,22 @@ def load_torch(path: str) -> tuple[dict, list[str]]:
         InputError: the file is truncated, is no checkpoint, holds no dict, asks for functions of the operating system,
             or has such an object in the place of a weight.
     """
-    unknown: set[str] = set()
+    unknown: dict[str, type] = {}  # what the file asks for -> its stand-in
     try:
         while True:
             try:
-                with safe_globals([_stand_in(name) for name in unknown]):
+                with safe_globals([(stand_in, name) for name, stand_in in unknown.items()]):
                     data = torch.load(path, map_location="cpu", weights_only=True)
                 break
             except pickle.UnpicklingError as error:
-                asked_for = _unknown_globals(path, error) - unknown
-                if not asked_for:
+                more = {name: type(name, (_Inert,), {}) for name in _unknown_globals(path, error) - unknown.keys()}
+                # torch names the class where an item is set: it is a kind of dict.
+                match = re.search(r"Can only SETITEMS? for .* but got <class '\S*safe_load\.(\S+)'>", str(error))
+                if match and issubclass(unknown.get(match[1], _InertMapping), _Inert):
+                    more[match[1]] = type(match[1], (_InertMapping,), {})
+                if not more:
                     raise
-                unknown |= asked_for
+                unknown |= more
         dropped: list[str] = []
         if unknown:
             data = _without_stand_ins(data, "", dropped)
@@ -160,8 +157,10 @@ def _unknown_globals(path: str, error: Exception) -> set[str]:
     return {name if "." in name else f"builtins.{name}" for name in names}
 
 
-def _is_stand_in(value: Any) -> bool:
-    return isinstance(value, _Inert) or (isinstance(value, type) and issubclass(value, (_Inert, _InertMapping)))
+def _stand_in(value: Any) -> str:
+    """What a value stands in for, "" where it is none."""
+    kind = value if isinstance(value, type) else type(value)
+    return kind.__name__ if issubclass(kind, (_Inert, _InertMapping)) else ""
 
 
 def _without_stand_ins(value: Any, path: str, dropped: list[str]) -> Any:
@@ -170,18 +169,20 @@ def _without_stand_ins(value: Any, path: str, dropped: list[str]) -> Any:
         kept = type(value)()
         for key, item in value.items():
             place = f"{path}.{key}" if path else str(key)
-            if _is_stand_in(key) or _is_stand_in(item):
-                dropped.append(f"{place} ({(item if _is_stand_in(item) else key).stands_for})")
+            if stand_in := _stand_in(item) or _stand_in(key):
+                dropped.append(f"{place} ({stand_in})")
             else:
                 kept[key] = _without_stand_ins(item, place, dropped)
         if hasattr(value, "_metadata"):  # of a state dict
             kept._metadata = _without_stand_ins(value._metadata, f"{path}._metadata", dropped)
         return kept
     if type(value) in (list, tuple, set):
-        kept = [
-            _without_stand_ins(item, f"{path}[{i}]", dropped) for i, item in enumerate(value) if not _is_stand_in(item)
-        ]
-        dropped += [f"{path}[{i}] ({item.stands_for})" for i, item in enumerate(value) if _is_stand_in(item)]
+        kept = []
+        for i, item in enumerate(value):
+            if stand_in := _stand_in(item):
+                dropped.append(f"{path}[{i}] ({stand_in})")
+            else:
+                kept.append(_without_stand_ins(item, f"{path}[{i}]", dropped))
         return type(value)(kept)
     return value
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer, atomic_write, load_numpy_pickle
+from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer, atomic_write
+from codetr_d2.checkpoint.safe_load import load_numpy_pickle
 from codetr_d2.errors import InputError
 
 
