@@ -19,7 +19,9 @@ def script(tool):
 def published(tmp_path):
     names = [name for name in json.loads(KEYS.read_text()) if name != "_meta"]
     path = tmp_path / "published.pth"
-    torch.save({"meta": {"epoch": 12}, "state_dict": {k: torch.full((2,), float(i)) for i, k in enumerate(names)}}, path)
+    torch.save(
+        {"meta": {"epoch": 12}, "state_dict": {k: torch.full((2,), float(i)) for i, k in enumerate(names)}}, path
+    )
     return path
 
 
