@@ -1,5 +1,7 @@
 """Classifiers of other classes: rows start anew, or are taken over by the name of their class."""
 
+import json
+import os
 import re
 from collections.abc import Sequence
 
@@ -29,12 +31,23 @@ def number_of_classes(state_dict: dict[str, Tensor]) -> int | None:
 
 
 def dataset_classes(name: str) -> list[str]:
-    """The names of the classes of a registered dataset.
+    """The names of the classes of a registered dataset; those of its annotation file where it is not loaded yet.
 
     Raises:
         InputError: it is not registered, or has no names.
     """
-    names = MetadataCatalog.get(name).get("thing_classes") if name in MetadataCatalog else None
+    metadata = MetadataCatalog.get(name) if name in MetadataCatalog else None
+    names = metadata and metadata.get("thing_classes")
+    if metadata and not names and os.path.isfile(path := metadata.get("json_file") or ""):
+        try:
+            with open(path) as file:
+                categories = json.load(file)["categories"]
+            names = [x["name"] for x in sorted(categories, key=lambda x: x["id"])]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: has no list of categories with id and name ({error}), which MODEL.CODETR.REUSE_CLASSES "
+                f"{name} asks for; mend the file, or set the option to ''"
+            ) from None
     if not names:
         raise InputError(
             f"MODEL.CODETR.REUSE_CLASSES: no dataset {name!r} with names of classes is known; name the one that the "

@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 
 from codetr_d2.checkpoint.classes import adapt_classifiers, dataset_classes, match_classes, number_of_classes
 from codetr_d2.errors import InputError
@@ -21,6 +24,20 @@ def test_builtin_datasets_have_names():
     for name in ("no_such_dataset", ""):
         with pytest.raises(InputError, match="REUSE_CLASSES.*coco_2017_train"):
             dataset_classes(name)
+
+
+def test_names_of_a_dataset_that_is_not_loaded(tmp_path):
+    path = tmp_path / "a.json"
+    MetadataCatalog.get("classes_own").set(json_file=str(path))
+    try:
+        path.write_text(json.dumps({"categories": [{"id": 7, "name": "dog"}, {"id": 2, "name": "cat"}]}))
+        assert dataset_classes("classes_own") == ["cat", "dog"]
+        for content in ("{}", "[", '{"categories": [{"id": 1}]}'):
+            path.write_text(content)
+            with pytest.raises(InputError, match="a.json: has no list of categories"):
+                dataset_classes("classes_own")
+    finally:
+        MetadataCatalog.pop("classes_own")
 
 
 def state_dict(classes, value, co_deformable=False, agnostic=False):
