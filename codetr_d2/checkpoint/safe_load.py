@@ -90,11 +90,36 @@ class _InertMapping:
         return OrderedDict()
 
 
+class _Dtype(_Inert):
+    """Stands in for a numpy type: keeps its code, like "f8"."""
+
+    def __init__(self, code: str = "", *args):
+        super().__init__()
+        self.code = str(code)
+
+
+class _Scalar(_Inert):
+    """Stands in for a number of numpy, which a plain one replaces."""
+
+    def __new__(cls, dtype: Any = None, data: Any = None):
+        if isinstance(dtype, _Dtype) and re.fullmatch("b1|[fiu][1248]", dtype.code) and isinstance(data, bytes):
+            return np.frombuffer(data, f"<{dtype.code}", count=1)[0].item()
+        return super().__new__(cls)
+
+
+_NUMPY = {
+    "numpy.dtype": _Dtype,
+    "numpy.core.multiarray.scalar": _Scalar,
+    "numpy._core.multiarray.scalar": _Scalar,
+}
+
+
 def load_torch(path: str) -> tuple[dict, list[str]]:
     """Read a file of ``torch.save`` on the CPU, with ``weights_only``.
 
     Checkpoints of other frameworks describe their training in objects of their own classes. Nothing is imported or
-    called for them: an object that does nothing is read in their place, and then left out.
+    called for them: an object that does nothing is read in their place, and then left out. Numbers of numpy become
+    plain ones.
 
     Returns:
         The content, and what was left out, like ``"meta.history (mmcv.HistoryBuffer)"``.
@@ -111,7 +136,10 @@ def load_torch(path: str) -> tuple[dict, list[str]]:
                     data = torch.load(path, map_location="cpu", weights_only=True)
                 break
             except pickle.UnpicklingError as error:
-                more = {name: type(name, (_Inert,), {}) for name in _unknown_globals(path, error) - unknown.keys()}
+                more = {
+                    name: _NUMPY.get(name) or type(name, (_Inert,), {})
+                    for name in _unknown_globals(path, error) - unknown.keys()
+                }
                 # torch names the class where an item is set: it is a kind of dict.
                 match = re.search(r"Can only SETITEMS? for .* but got <class '\S*safe_load\.(\S+)'>", str(error))
                 if match and issubclass(unknown.get(match[1], _InertMapping), _Inert):

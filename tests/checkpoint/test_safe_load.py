@@ -73,6 +73,7 @@ def test_objects_of_unknown_classes_are_left_out(tmp_path, strange, monkeypatch,
         "items": strange.Items([1, 2]),
         "kind": strange.HistoryBuffer,
         "best": np.float64(0.5),
+        "flags": [np.bool_(True), np.int32(-3), np.float32(0.25), np.str_("x")],
         "array": np.arange(3),
         "config": config,
         "counts": counts,
@@ -83,7 +84,8 @@ def test_objects_of_unknown_classes_are_left_out(tmp_path, strange, monkeypatch,
     data, dropped = load_torch(path)
     assert list(data) == ["meta", "state_dict"] and weights_entry(data) == "state_dict"
     assert all(torch.equal(data["state_dict"][key], WEIGHTS[key]) for key in WEIGHTS)
-    kept = {"epoch": 12, "CLASSES": ("cat", "dog"), "list": [1, {"kept": 2}]}
+    kept = {"epoch": 12, "CLASSES": ("cat", "dog"), "list": [1, {"kept": 2}], "best": 0.5, "flags": [True, -3, 0.25]}
+    assert type(data["meta"]["best"]) is float and type(data["meta"]["flags"][0]) is bool
     assert data["meta"] == {**kept, "config": {"lr": 0.1}, "counts": {"loss": [1.0, 2.0]}}
     assert len(dropped) == 9
     assert "meta.history (made_up_framework.HistoryBuffer)" in dropped
