@@ -346,11 +346,12 @@ def test_config_equals_the_published_recipe(name):
     assert differing == {}
 
     # The learning rates of one parameter of each kind. A two-stage detector has no published "reference_points".
+    is_vit = cfg.MODEL.BACKBONE.NAME == "build_eva02_pyramid_backbone"
     for parameter, kind in (
-        ("backbone.patch_embed.proj.weight", "backbone"),
+        ("backbone.net.patch_embed.proj.weight" if is_vit else "backbone.stem.conv1.weight", "backbone"),
+        ("backbone.p2.0.weight" if is_vit else "neck.convs.0.0.weight", "neck"),
         ("query_head.decoder.layers.0.cross_attn.sampling_offsets.weight", "sampling_offsets"),
         ("query_head.decoder.layers.0.ffn.0.weight", "other"),
-        ("backbone.p2.weight" if "MODEL.EVA02.DEPTH" in options else "neck.convs.0.0.weight", "neck"),
     ):
         factor = next((factor for part, factor in cfg.SOLVER.LR_MULTIPLIERS if part in parameter), 1.0)
         assert factor == multipliers.get(f"optimizer.lr_multipliers.{kind}", 1.0), parameter
