@@ -160,10 +160,15 @@ def main() -> None:
     paths = sorted(path for pattern in patterns for path in glob.glob(pattern))
     if not paths:
         sys.exit(f"error: no config fits {' '.join(patterns)}")
-    try:
-        rows, good = zip(*(check(path, args.step) for path in paths))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    rows, good = [], []
+    for path in paths:
+        print(path, file=sys.stderr)
+        try:
+            row, is_good = check(path, args.step)
+        except InputError as error:
+            sys.exit(f"error: {error}")
+        rows.append(row)
+        good.append(is_good)
     print(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
     sys.exit(0 if all(good) else f"error: {good.count(False)} of {len(good)} configs are not as they should be")
 
