@@ -84,6 +84,7 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.ATSS.NMS_THRESH_TEST = 0.6
     _C.MODEL.ATSS.SOFT_NMS = False  # lower the scores of what overlaps instead of dropping it
     _C.MODEL.ROI_HEADS.SOFT_NMS = False
+    _C.MODEL.RPN.NMS_THRESH_TEST = 0.7  # of the proposals at inference; MODEL.RPN.NMS_THRESH is that of training
 
     # Deformable attention: auto, cpp or eager. auto takes the fastest one that works where the tensors are.
     _C.MODEL.MS_DEFORM_ATTN = "auto"
