@@ -11,7 +11,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 
-from .copy_paste import choose_objects, paste_objects
+from .copy_paste import CutOuts, choose_objects, paste_objects
 from .images import read_image
 
 __all__ = ["CoDETRDatasetMapper", "build_augmentations"]
@@ -74,14 +74,13 @@ class CoDETRDatasetMapper(DatasetMapper):
 
     Called with a dataset dict, it returns that dict with ``image`` ([C, H, W] uint8, channels as ``INPUT.FORMAT``) and,
     in training, ``instances`` in place of ``annotations``: ``gt_boxes`` (xyxy in pixels of ``image``), ``gt_classes``
-    and, with ``MODEL.MASK_ON``, ``gt_masks``. Crowd boxes and those that a crop cuts away are dropped; an image that
-    keeps none is still used.
+    and, with ``MODEL.MASK_ON``, ``gt_masks`` (``BitMasks`` where there is copy-paste). Crowd boxes and those that a
+    crop cuts away are dropped; an image that keeps none is still used.
 
     Args:
         is_train: whether to augment and to return ``instances``.
         max_num_pasted: paste up to so many objects of another image (:mod:`codetr_d2.data.copy_paste`); every object
             needs a mask then. 0: none.
-        keep_masks: return ``gt_masks``.
         records: the dataset dicts of which copy-paste draws its second image. Everything random is drawn from numpy's
             global generator.
         options: those of ``DatasetMapper``.
@@ -96,13 +95,11 @@ class CoDETRDatasetMapper(DatasetMapper):
         is_train: bool,
         *,
         max_num_pasted: int,
-        keep_masks: bool,
         records: Sequence[dict] = (),
         **options,
     ):
         super().__init__(is_train, **options)
         self.max_num_pasted = max_num_pasted if is_train else 0
-        self.keep_masks = keep_masks
         self.records = records
         if self.max_num_pasted and not len(records):
             raise ValueError("INPUT.COPY_PASTE needs the dataset: CoDETRDatasetMapper(cfg, records=dataset_dicts)")
@@ -111,42 +108,42 @@ class CoDETRDatasetMapper(DatasetMapper):
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         options = super().from_config(cfg, is_train)
         options["augmentations"] = build_augmentations(cfg, is_train)
-        options["keep_masks"] = cfg.MODEL.MASK_ON
         options["max_num_pasted"] = cfg.INPUT.COPY_PASTE.MAX_NUM_PASTED if cfg.INPUT.COPY_PASTE.ENABLED else 0
-        if options["max_num_pasted"]:
-            options.update(use_instance_mask=True, instance_mask_format="bitmask")
         if cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:
             options["recompute_boxes"] = options["use_instance_mask"]
         return options
 
     def __call__(self, dataset_dict: dict) -> dict:
         dataset_dict = copy.deepcopy(dataset_dict)  # modified below
-        image = self._map(dataset_dict)
-        if self.max_num_pasted and "instances" in dataset_dict:
-            partner = copy.deepcopy(self.records[np.random.randint(len(self.records))])
-            partner_image = self._map(partner)
-            chosen = choose_objects(partner["instances"], self.max_num_pasted)
-            image, dataset_dict["instances"] = paste_objects(image, dataset_dict["instances"], partner_image, chosen)
-        if "instances" in dataset_dict and not self.keep_masks and dataset_dict["instances"].has("gt_masks"):
-            dataset_dict["instances"].remove("gt_masks")
+        image, transforms = self._read(dataset_dict)
+        if not self.is_train:
+            dataset_dict.pop("annotations", None)
+        elif self.max_num_pasted:
+            image, objects = self._copy_paste(
+                image, CutOuts.from_annotations(dataset_dict.pop("annotations", []), transforms, image.shape[:2])
+            )
+            dataset_dict["instances"] = objects.to_instances(self.use_instance_mask)
+        elif "annotations" in dataset_dict:
+            self._transform_annotations(dataset_dict, transforms, image.shape[:2])
         # One tensor goes between processes through shared memory; anything else would be pickled.
         dataset_dict["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return dataset_dict
 
-    def _map(self, dataset_dict: dict) -> np.ndarray:
-        """Read and augment one image [H, W, C]; in training, turn its ``annotations`` into ``instances`` in place."""
+    def _read(self, dataset_dict: dict) -> tuple[np.ndarray, T.Transform]:
+        """Read and augment one image [H, W, C]."""
         size = (dataset_dict["width"], dataset_dict["height"]) if "width" in dataset_dict else None
         image = read_image(dataset_dict["file_name"], self.image_format, size)
         utils.check_image_size(dataset_dict, image)  # fills in the size where the dataset has none
-
         aug_input = T.AugInput(image)
         transforms = self.augmentations(aug_input)
-        image = aug_input.image
-        if not self.is_train:
-            dataset_dict.pop("annotations", None)
-        elif "annotations" in dataset_dict:
-            self._transform_annotations(dataset_dict, transforms, image.shape[:2])
-        return image
+        return aug_input.image, transforms
+
+    def _copy_paste(self, image: np.ndarray, objects: CutOuts) -> tuple[np.ndarray, CutOuts]:
+        """Paste objects of a random image of the dataset, which is augmented as any other."""
+        source = copy.deepcopy(self.records[np.random.randint(len(self.records))])
+        source_image, transforms = self._read(source)
+        source_objects = CutOuts.from_annotations(source.get("annotations", []), transforms, source_image.shape[:2])
+        return paste_objects(image, objects, source_image, choose_objects(source_objects, self.max_num_pasted))
 
     def _transform_annotations(self, dataset_dict: dict, transforms: T.Transform, image_shape: tuple[int, int]) -> None:
         if self.use_instance_mask and all(x.get("iscrowd", 0) for x in dataset_dict["annotations"]):

@@ -12,6 +12,7 @@ from torch import nn
 from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
 from codetr_d2.engine import evaluate
 from codetr_d2.engine.hooks import drop_metrics_from
+from codetr_d2.engine.lvis_evaluator import LVISEvaluator
 from codetr_d2.engine.trainer import CoDETRTrainer, StepTrainer
 from codetr_d2.errors import InputError
 
@@ -248,6 +249,43 @@ def test_another_learning_rate_by_group_is_not_resumed(run_training):
 def test_epochs_set_the_length_of_the_run(run_training):
     trainer = run_training("SOLVER.MAX_EPOCHS", 1, "SOLVER.STEPS_EPOCHS", "(0.5,)", "DATASETS.TEST", "()")
     assert trainer.iter == 4  # 14 images in batches of 4
+
+
+def test_an_epoch_counts_repeated_images(make_config):
+    def epoch(*opts):
+        trainer = CoDETRTrainer(make_config("SOLVER.MAX_EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 1, *opts))
+        return trainer.max_iter, trainer.data_loader.batch_sampler
+
+    assert epoch()[0] == 14
+    # Every image holds two of the three classes, which are all rarer than this.
+    max_iter, stream = epoch(
+        "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 2
+    )
+    assert max_iter == round(sum(stream.repeat_factors.tolist())) > 20
+
+
+def test_evaluators_follow_the_dataset(make_config, tmp_path):
+    from detectron2.data import MetadataCatalog
+
+    data = {"images": [], "annotations": [], "categories": []}
+    (tmp_path / "lvis.json").write_text(json.dumps(data))
+    MetadataCatalog.get("tiny_lvis").set(evaluator_type="lvis", json_file=str(tmp_path / "lvis.json"))
+    cfg = make_config("TEST.DETECTIONS_PER_IMAGE", 300)
+    assert isinstance(CoDETRTrainer.build_evaluator(cfg, "tiny_lvis"), LVISEvaluator)
+    coco = CoDETRTrainer.build_evaluator(cfg, "tiny_test")
+    assert coco._max_dets_per_image == [1, 10, 100]  # COCO's numbers, however many detections there are
+
+
+def test_copy_paste_is_the_same_whatever_process_maps_the_images(run_training, tmp_path):
+    jitter = "INPUT.LARGE_SCALE_JITTER"
+    opts = [f"{jitter}.ENABLED", True, f"{jitter}.MIN_SCALE", 0.8, f"{jitter}.MAX_SCALE", 1.0]
+    opts += ["INPUT.COPY_PASTE.ENABLED", True, "MODEL.CODETR.CANVAS_SIZE", 48, "DATASETS.TEST", "()"]
+    first, second = (
+        run_training(*opts, "DATALOADER.NUM_WORKERS", n, "OUTPUT_DIR", tmp_path / str(n)).bare_model.state_dict()
+        for n in (0, 2)
+    )
+    for name in first:
+        assert torch.equal(first[name], second[name])
 
 
 def test_a_metric_that_does_not_exist_is_reported_once(run_training, tmp_path, caplog):
