@@ -120,12 +120,14 @@ def load_datasets(cfg: CfgNode, names: Sequence[str], is_train: bool) -> list[di
 
     others = {name: _load(name) for name in other_names}
     loaded = {name: _load(name) for name in names}
-    dicts = list(itertools.chain.from_iterable(loaded.values()))
+    dicts = [record for name in names for record in loaded[name]]
     _check_classes(cfg, names + other_names)
     if cfg.MODEL.MASK_ON:
         _check_masks("MODEL.MASK_ON", {**others, **loaded})
-    elif is_train and cfg.INPUT.COPY_PASTE.ENABLED:
+    if is_train and cfg.INPUT.COPY_PASTE.ENABLED:
         _check_masks("INPUT.COPY_PASTE.ENABLED", loaded)
+    elif is_train and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+        _check_polygons(loaded)
     if is_train and not any(x.get("iscrowd", 0) == 0 for d in dicts for x in d.get("annotations", [])):
         raise InputError(
             f"No image of {', '.join(names)} has a valid box, so there is nothing to learn. "
@@ -209,6 +211,17 @@ def _check_masks(option: str, loaded: dict[str, list[dict]]) -> None:
                         f'{annotation["bbox"]}) has no "segmentation", which {option} needs. Add polygons or an RLE to '
                         f"every annotation, or set {option} False."
                     )
+
+
+def _check_polygons(loaded: dict[str, list[dict]]) -> None:
+    """No mask is an RLE, but for crowds, which training leaves out."""
+    for name, records in loaded.items():
+        for annotation in itertools.chain.from_iterable(x["annotations"] for x in records):
+            if isinstance(annotation["segmentation"], dict) and not annotation.get("iscrowd", 0):
+                raise InputError(
+                    f'{_annotation_json(name) or name}: the "segmentation" of bbox {annotation["bbox"]} is an RLE, '
+                    "which INPUT.MASK_FORMAT polygon cannot hold. Set INPUT.MASK_FORMAT bitmask."
+                )
 
 
 def _difference(first: list[str], second: list[str]) -> str:

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks, Instances, PolygonMasks
+from detectron2.structures import BitMasks, PolygonMasks
 
 from .copy_paste import CutOuts, choose_objects, paste_objects
 from .images import read_image
@@ -90,14 +90,7 @@ class CoDETRDatasetMapper(DatasetMapper):
     """
 
     @configurable
-    def __init__(
-        self,
-        is_train: bool,
-        *,
-        max_num_pasted: int,
-        records: Sequence[dict] = (),
-        **options,
-    ):
+    def __init__(self, is_train: bool, *, max_num_pasted: int, records: Sequence[dict] = (), **options):
         super().__init__(is_train, **options)
         self.max_num_pasted = max_num_pasted if is_train else 0
         self.records = records
@@ -149,7 +142,7 @@ class CoDETRDatasetMapper(DatasetMapper):
         if self.use_instance_mask and all(x.get("iscrowd", 0) for x in dataset_dict["annotations"]):
             # detectron2 leaves the masks out where there is no object, and then looks for them.
             del dataset_dict["annotations"]
-            instances: Instances = utils.annotations_to_instances([], image_shape)
+            instances = utils.annotations_to_instances([], image_shape)
             is_polygon = self.instance_mask_format == "polygon"
             instances.gt_masks = PolygonMasks([]) if is_polygon else BitMasks(torch.zeros(0, *image_shape))
             dataset_dict["instances"] = instances

@@ -218,6 +218,7 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     one_of("DATALOADER.SAMPLER_TRAIN", TRAIN_SAMPLERS)
     one_of("INPUT.RANDOM_FLIP", ["none", "horizontal", "vertical"])
     one_of("INPUT.CROP.TYPE", ["relative_range", "relative", "absolute", "absolute_range"])
+    one_of("INPUT.MASK_FORMAT", ["polygon", "bitmask"])
     _check_jitter(cfg)
     if solver.EMA.ENABLED and not 0 < solver.EMA.DECAY < 1:
         raise InputError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}; it must lie between 0 and 1")

@@ -159,3 +159,26 @@ def test_annotations_without_masks_are_named(make_coco, make_cfg, option):
         InputError, match=rf'annotations\.json: an object in .*a\.png \(bbox .*no "segmentation".*{option}'
     ):
         load_datasets(cfg, cfg.DATASETS.TRAIN, is_train=True)
+
+
+def test_encoded_masks_need_their_format(make_coco, make_cfg):
+    def encode(data):
+        for annotation in data["annotations"]:
+            annotation["segmentation"] = {"size": [30, 40], "counts": [100, 50, 1050]}
+
+    cfg = make_cfg(make_coco(encode))
+    register_datasets(cfg)
+    cfg.MODEL.MASK_ON = True
+    with pytest.raises(InputError, match="annotations.json.*is an RLE.*Set INPUT.MASK_FORMAT bitmask"):
+        load_datasets(cfg, cfg.DATASETS.TRAIN, is_train=True)
+    cfg.INPUT.COPY_PASTE.ENABLED = True  # holds encodings itself
+    records = load_datasets(cfg, cfg.DATASETS.TRAIN, is_train=True)
+    cfg.INPUT.LARGE_SCALE_JITTER.ENABLED = True
+    cfg.INPUT.LARGE_SCALE_JITTER.MIN_SCALE = cfg.INPUT.LARGE_SCALE_JITTER.MAX_SCALE = 1.0
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.MODEL.CODETR.CANVAS_SIZE = 40
+    record = next(x for x in records if x["annotations"])
+    np.random.seed(0)
+    for _ in range(5):
+        boxes = CoDETRDatasetMapper(cfg, True, records=records)(record)["instances"].gt_boxes.tensor
+        assert len(boxes) and (boxes == torch.tensor([3.0, 0.0, 5.0, 30.0])).all()  # pixels 100 to 149, by columns

@@ -102,6 +102,19 @@ def test_crop_sizes_are_those_of_detr(cfg):
     assert len(np.unique(cropped)) > 20
 
 
+def test_wide_images_are_limited_before_the_crop(cfg):
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.INPUT.MIN_SIZE_TRAIN = (0,)
+    augmentations = build_augmentations(cfg, is_train=True)
+    np.random.seed(0)
+    heights = set()
+    for _ in range(20):
+        aug_input = AugInput(np.zeros((50, 4000, 3), np.uint8))
+        AugmentationList(augmentations)(aug_input)
+        heights.add(aug_input.image.shape[0])
+    assert heights == {50, 53}  # a short side of 400 would make the long one 32000 pixels, not 4200
+
+
 def test_no_crop_in_evaluation(cfg, record):
     cfg.INPUT.CROP.ENABLED = True
     cfg.INPUT.MIN_SIZE_TEST = 240

@@ -12,7 +12,6 @@ from torch import nn
 from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
 from codetr_d2.engine import evaluate
 from codetr_d2.engine.hooks import drop_metrics_from
-from codetr_d2.engine.lvis_evaluator import LVISEvaluator
 from codetr_d2.engine.trainer import CoDETRTrainer, StepTrainer
 from codetr_d2.errors import InputError
 
@@ -264,16 +263,31 @@ def test_an_epoch_counts_repeated_images(make_config):
     assert max_iter == round(sum(stream.repeat_factors.tolist())) > 20
 
 
-def test_evaluators_follow_the_dataset(make_config, tmp_path):
-    from detectron2.data import MetadataCatalog
+def test_coco_numbers_do_not_depend_on_the_detections_that_are_returned(make_config):
+    evaluator = CoDETRTrainer.build_evaluator(make_config("TEST.DETECTIONS_PER_IMAGE", 300), "tiny_test")
+    assert evaluator._max_dets_per_image == [1, 10, 100]
 
-    data = {"images": [], "annotations": [], "categories": []}
+
+def test_lvis_is_evaluated(make_config, coco_json, tmp_path):
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    name, folder, path = coco_json[1]
+    with open(path) as file:
+        data = json.load(file)
+    for image in data["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/{name}/{image.pop('file_name')}"
+        image.update(neg_category_ids=[], not_exhaustive_category_ids=[])
+    for category in data["categories"]:
+        category["frequency"] = "r"
     (tmp_path / "lvis.json").write_text(json.dumps(data))
-    MetadataCatalog.get("tiny_lvis").set(evaluator_type="lvis", json_file=str(tmp_path / "lvis.json"))
-    cfg = make_config("TEST.DETECTIONS_PER_IMAGE", 300)
-    assert isinstance(CoDETRTrainer.build_evaluator(cfg, "tiny_lvis"), LVISEvaluator)
-    coco = CoDETRTrainer.build_evaluator(cfg, "tiny_test")
-    assert coco._max_dets_per_image == [1, 10, 100]  # COCO's numbers, however many detections there are
+    DatasetCatalog.register("tiny_lvis", list)
+    MetadataCatalog.get("tiny_lvis").set(
+        evaluator_type="lvis", json_file=str(tmp_path / "lvis.json"), image_root=os.path.dirname(folder)
+    )
+    cfg = make_config("DATASETS.TEST", "('tiny_lvis',)")
+    results = CoDETRTrainer.test(cfg, CoDETRTrainer.build_model(cfg))["bbox"]
+    assert results["AP"] == results["APr"] >= 0 and math.isnan(results["APc"])
+    assert (tmp_path / "run" / "inference" / "lvis_instances_results.json").exists()
 
 
 def test_copy_paste_is_the_same_whatever_process_maps_the_images(run_training, tmp_path):
