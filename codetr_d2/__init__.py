@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
 
 from . import backbones, heads, meta_arch  # noqa: F401 (registers their classes)
 from .config import add_codetr_config
+from .data import objects365  # noqa: F401 (registers the dataset)
 
 __all__ = ["__version__", "add_codetr_config"]
 __version__ = "0.1.0"

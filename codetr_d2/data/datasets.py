@@ -1,6 +1,6 @@
 """COCO-style datasets on disk: registered in detectron2's catalogs, and checked before any long work starts."""
 
-import json
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -8,15 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError
 from .images import check_image_file
+from .json_file import read_annotation_json
+from .lvis import load_lvis
 
-__all__ = ["class_names", "load_datasets", "register_datasets", "register_metadata"]
+__all__ = ["check_registered", "class_names", "load_datasets", "register_datasets", "register_metadata"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +84,11 @@ def class_names(cfg: CfgNode) -> list[str]:
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     if cfg.MODEL.CODETR.CLASS_NAMES or not names:
         return list(cfg.MODEL.CODETR.CLASS_NAMES)
-    _check_registered(names[:1])
-    known = MetadataCatalog.get(names[0]).get("thing_classes")
-    if known is None and names[0] in _registered:
-        categories = _check_categories(annotation_json := _registered[names[0]][1], _read_json(annotation_json))
+    check_registered(names[:1])
+    metadata = MetadataCatalog.get(names[0])
+    known, annotation_json = metadata.get("thing_classes"), _annotation_json(names[0])
+    if known is None and annotation_json is not None:
+        categories = _check_categories(annotation_json, read_annotation_json(annotation_json))
         known = [categories[x] for x in sorted(categories)]
     return list(known or [])
 
@@ -113,25 +116,47 @@ def load_datasets(cfg: CfgNode, names: Sequence[str], is_train: bool) -> list[di
     if not names:
         raise InputError(f"DATASETS.{'TRAIN' if is_train else 'TEST'} is empty. Name a dataset there.")
     other_names = [x for x in cfg.DATASETS.TEST if x not in names] if is_train else []
-    _check_registered(names + other_names)
+    check_registered(names + other_names)
 
-    others = {name: DatasetCatalog.get(name) for name in other_names}
-    dicts = get_detection_dataset_dicts(names, filter_empty=False, check_consistency=False)
+    others = {name: _load(name) for name in other_names}
+    loaded = {name: _load(name) for name in names}
+    dicts = [record for name in names for record in loaded[name]]
     _check_classes(cfg, names + other_names)
+    if cfg.MODEL.MASK_ON:
+        _check_masks("MODEL.MASK_ON", {**others, **loaded})
+    if is_train and cfg.INPUT.COPY_PASTE.ENABLED:
+        _check_masks("INPUT.COPY_PASTE.ENABLED", loaded)
+    elif is_train and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+        _check_polygons(loaded)
     if is_train and not any(x.get("iscrowd", 0) == 0 for d in dicts for x in d.get("annotations", [])):
         raise InputError(
             f"No image of {', '.join(names)} has a valid box, so there is nothing to learn. "
             "Check the boxes ([x, y, width, height] in pixels, width and height above 0) in the annotation file."
         )
-    for name, loaded in (*others.items(), (", ".join(names), dicts)):  # last, as it takes longest
-        _check_images(name, loaded)
+    for name, records in {**others, **loaded}.items():  # last, as it takes longest
+        _check_images(name, records)
     if is_train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         dicts = filter_images_with_only_crowd_annotations(dicts)
     return dicts
 
 
-def _check_registered(names: Iterable[str]) -> None:
-    """Every name is registered, and the files of detectron2's own datasets are there."""
+def _load(name: str) -> list[dict]:
+    if MetadataCatalog.get(name).get("evaluator_type") == "lvis":
+        return load_lvis(name)
+    return DatasetCatalog.get(name)
+
+
+def _annotation_json(name: str) -> str | None:
+    """The annotation file of a dataset, where it has one."""
+    return _registered[name][1] if name in _registered else MetadataCatalog.get(name).get("json_file")
+
+
+def check_registered(names: Iterable[str]) -> None:
+    """Every dataset is registered, and the files of those that no config describes are there.
+
+    Raises:
+        InputError: naming the dataset or the missing path, and what to do.
+    """
     for name in names:
         if name not in DatasetCatalog:
             raise InputError(
@@ -175,29 +200,34 @@ def _check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
             )
 
 
+def _check_masks(option: str, loaded: dict[str, list[dict]]) -> None:
+    """Every object has a mask."""
+    for name, records in loaded.items():
+        for record in records:
+            for annotation in record.get("annotations", []):
+                if not annotation.get("segmentation"):
+                    raise InputError(
+                        f"{_annotation_json(name) or name}: an object in {record['file_name']} (bbox "
+                        f'{annotation["bbox"]}) has no "segmentation", which {option} needs. Add polygons or an RLE to '
+                        f"every annotation, or set {option} False."
+                    )
+
+
+def _check_polygons(loaded: dict[str, list[dict]]) -> None:
+    """No mask is an RLE, but for crowds, which training leaves out."""
+    for name, records in loaded.items():
+        for annotation in itertools.chain.from_iterable(x["annotations"] for x in records):
+            if isinstance(annotation["segmentation"], dict) and not annotation.get("iscrowd", 0):
+                raise InputError(
+                    f'{_annotation_json(name) or name}: the "segmentation" of bbox {annotation["bbox"]} is an RLE, '
+                    "which INPUT.MASK_FORMAT polygon cannot hold. Set INPUT.MASK_FORMAT bitmask."
+                )
+
+
 def _difference(first: list[str], second: list[str]) -> str:
     if len(first) != len(second):
         return f"{len(first)} and {len(second)} classes"
     return next(f"class {i} is {a!r} and {b!r}" for i, (a, b) in enumerate(zip(first, second)) if a != b)
-
-
-def _read_json(annotation_json: str) -> dict:
-    try:
-        with PathManager.open(annotation_json) as file:
-            data = json.load(file)
-    except (OSError, ValueError) as error:  # ValueError: not JSON, or not text
-        raise InputError(
-            f"The annotation file {annotation_json} is not readable JSON ({error}). Write it anew in COCO's format."
-        ) from error
-    if not isinstance(data, dict):
-        raise InputError(f"The annotation file {annotation_json} holds a {type(data).__name__}, not a COCO object.")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(data.get(key), list):
-            raise InputError(
-                f'The annotation file {annotation_json} has no list "{key}". '
-                'COCO\'s format needs "images", "annotations" and "categories".'
-            )
-    return data
 
 
 def _check_categories(annotation_json: str, data: dict) -> dict[int, str]:
@@ -219,10 +249,16 @@ def _is_box(box) -> bool:
     return isinstance(box, (list, tuple)) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
 
 
+def _is_segmentation(segmentation, image_size: list[int]) -> bool:
+    if isinstance(segmentation, dict) and segmentation:
+        return "counts" in segmentation and segmentation.get("size") == image_size
+    return not segmentation or (isinstance(segmentation, list) and all(isinstance(x, list) for x in segmentation))
+
+
 def _check_annotations(annotation_json: str, data: dict) -> None:
     """Check what detectron2 and pycocotools take for granted in a COCO annotation file."""
     categories = _check_categories(annotation_json, data)
-    images = set()
+    images = {}  # id -> [height, width]
     for i, image in enumerate(data["images"]):
         where = f"{annotation_json}: images[{i}]"
         missing = (
@@ -240,7 +276,7 @@ def _check_annotations(annotation_json: str, data: dict) -> None:
             )
         if image["id"] in images:
             raise InputError(f"{where} has the id {image['id']!r} of an earlier image. Give each an id of its own.")
-        images.add(image["id"])
+        images[image["id"]] = [image["height"], image["width"]]
     if not images:
         raise InputError(f'{annotation_json}: "images" is empty, so there is nothing to read.')
 
@@ -269,13 +305,18 @@ def _check_annotations(annotation_json: str, data: dict) -> None:
             )
         if not _is_box(annotation["bbox"]):
             raise InputError(f'{where}: "bbox" is {annotation["bbox"]!r}, not [x, y, width, height] in pixels.')
+        if not _is_segmentation(annotation.get("segmentation"), images[annotation["image_id"]]):
+            raise InputError(
+                f'{where}: "segmentation" must be a list of polygons, each [x, y, x, y, ...], or an RLE with "counts" '
+                f'and the "size" {images[annotation["image_id"]]} of the image.'
+            )
         if annotation.get("ignore", 0) != 0:
             raise InputError(f'{where}: "ignore" is not supported. Use "iscrowd": 1, or remove the annotation.')
 
 
 def _load_coco(name: str, image_folder: str, annotation_json: str) -> list[dict]:
     """Load a COCO annotation file as detectron2 dataset dicts, checked and with usable boxes only."""
-    data = _read_json(annotation_json)
+    data = read_annotation_json(annotation_json)
     _check_annotations(annotation_json, data)
     scorable = "info" in data and all("area" in x and "iscrowd" in x for x in data["annotations"])
     del data  # the file of a large dataset takes gigabytes in memory, and is about to be read again

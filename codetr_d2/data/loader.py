@@ -1,7 +1,7 @@
 """Data loaders for training and evaluation."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -41,8 +41,8 @@ class _Samples(Dataset):
     A faulty image is returned as an ``InputError``: torch would add the worker's traceback to an error that is raised.
     """
 
-    def __init__(self, records: list[dict], mapper: Callable[[dict], dict]):
-        self.records = DatasetFromList(records, copy=False)
+    def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict]):
+        self.records = records if isinstance(records, DatasetFromList) else DatasetFromList(records, copy=False)
         self.mapper = mapper
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class _Loader(DataLoader):
             yield batch
 
 
-def _aspect_groups(records: list[dict]) -> list[int]:
+def _aspect_groups(records: Iterable[dict]) -> list[int]:
     for record in records:
         if "width" not in record or "height" not in record:
             raise InputError(
@@ -93,12 +93,12 @@ def _aspect_groups(records: list[dict]) -> list[int]:
     return [int(record["width"] > record["height"]) for record in records]
 
 
-def build_train_loader(cfg: CfgNode, records: list[dict], mapper: Callable[[dict], dict]) -> DataLoader:
+def build_train_loader(cfg: CfgNode, records: Sequence[dict], mapper: Callable[[dict], dict]) -> DataLoader:
     """The endless loader of training batches: one list of samples for each iteration, this process's share of it.
 
     Args:
         cfg: ``SOLVER.IMS_PER_BATCH`` images over all processes and accumulated micro-batches; ``DATALOADER`` options.
-        records: detectron2 dataset dicts.
+        records: detectron2 dataset dicts; a ``DatasetFromList`` of them is shared with the mapper, if that has it too.
         mapper: turns a record into a sample of the model. It may draw from Python's, numpy's and torch's global
             generators.
 
@@ -124,7 +124,7 @@ def build_train_loader(cfg: CfgNode, records: list[dict], mapper: Callable[[dict
     return _Loader(_Samples(records, mapper), stream, cfg)
 
 
-def build_test_loader(cfg: CfgNode, records: list[dict], mapper: Callable[[dict], dict]) -> DataLoader:
+def build_test_loader(cfg: CfgNode, records: Sequence[dict], mapper: Callable[[dict], dict]) -> DataLoader:
     """The loader of an evaluation: every image once, one by one, split over the processes.
 
     Args and errors are those of :func:`build_train_loader`.

@@ -71,6 +71,11 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
         share = total_batch_size // world_size
         self._share = slice(rank * share, (rank + 1) * share)
 
+    @property
+    def epoch_size(self) -> float:
+        """Images of an epoch, on average."""
+        return float(self.repeat_factors.sum())
+
     def _epoch(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
         whole = self.repeat_factors.floor()

@@ -229,6 +229,8 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     one_of("DATALOADER.SAMPLER_TRAIN", TRAIN_SAMPLERS)
     one_of("INPUT.RANDOM_FLIP", ["none", "horizontal", "vertical"])
     one_of("INPUT.CROP.TYPE", ["relative_range", "relative", "absolute", "absolute_range"])
+    one_of("INPUT.MASK_FORMAT", ["polygon", "bitmask"])
+    _check_jitter(cfg)
     if solver.EMA.ENABLED and not 0 < solver.EMA.DECAY < 1:
         raise InputError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}; it must lie between 0 and 1")
     for entry in solver.LR_MULTIPLIERS:
@@ -306,6 +308,30 @@ def _check_backbone(cfg: CfgNode, positive: Callable, divisible: Callable) -> No
                     f"MODEL.FPN.OUT_CHANNELS is {channels}; without MODEL.CODETR.NECK it must be "
                     f"MODEL.CODETR.EMBED_DIM ({dim})"
                 )
+
+
+def _check_jitter(cfg: CfgNode) -> None:
+    jitter, copy_paste = cfg.INPUT.LARGE_SCALE_JITTER, cfg.INPUT.COPY_PASTE
+    if jitter.ENABLED:
+        if not 0 < jitter.MIN_SCALE <= jitter.MAX_SCALE:
+            raise InputError(
+                f"INPUT.LARGE_SCALE_JITTER.MIN_SCALE is {jitter.MIN_SCALE} and MAX_SCALE is {jitter.MAX_SCALE}; they "
+                "must be greater than 0, and MIN_SCALE at most MAX_SCALE"
+            )
+        if cfg.MODEL.CODETR.CANVAS_SIZE <= 0:
+            raise InputError(
+                "INPUT.LARGE_SCALE_JITTER.ENABLED needs the side of its square: set MODEL.CODETR.CANVAS_SIZE, to 1024 "
+                "for instance"
+            )
+        if cfg.INPUT.CROP.ENABLED:
+            raise InputError("INPUT.CROP.ENABLED and INPUT.LARGE_SCALE_JITTER.ENABLED exclude each other; choose one")
+    if copy_paste.ENABLED:
+        if not jitter.ENABLED:
+            raise InputError(
+                "INPUT.COPY_PASTE.ENABLED needs images of one size: set INPUT.LARGE_SCALE_JITTER.ENABLED True"
+            )
+        if copy_paste.MAX_NUM_PASTED < 1:
+            raise InputError(f"INPUT.COPY_PASTE.MAX_NUM_PASTED is {copy_paste.MAX_NUM_PASTED}; it must be 1 or more")
 
 
 def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:

@@ -84,7 +84,7 @@ def schedule_in_iterations(cfg: CfgNode, num_images: int) -> CfgNode:
 
     Args:
         cfg: the config, which stays as it is.
-        num_images: images of the training set; an epoch is that many divided by ``SOLVER.IMS_PER_BATCH``.
+        num_images: images of an epoch, which is that many divided by ``SOLVER.IMS_PER_BATCH`` iterations.
     """
     if cfg.SOLVER.MAX_EPOCHS <= 0:
         return cfg

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetFromList, MetadataCatalog
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, verify_results
 from detectron2.utils import comm
@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ..checkpoint.checkpointer import CoDETRCheckpointer
-from ..data.datasets import class_names, load_datasets, register_datasets
+from ..data.datasets import check_registered, class_names, load_datasets, register_datasets
 from ..data.loader import build_test_loader, build_train_loader
 from ..data.mapper import CoDETRDatasetMapper
 from ..data.samplers import derive_seed, seed_rng
@@ -32,11 +32,14 @@ from ..errors import InputError
 from .config_file import resolve_device, save_config
 from .ema import ModelEMA
 from .hooks import BestCheckpointer, PeriodicCheckpointer, PeriodicWriter, drop_metrics_from
+from .lvis_evaluator import LVISEvaluator
 from .optimizer import build_optimizer, clip_full_model, schedule_in_iterations
 
 __all__ = ["CoDETRTrainer", "StepTrainer", "autocast", "evaluate", "setup", "train"]
 
 logger = logging.getLogger(__name__)
+
+EVALUATORS = {"coco": COCOEvaluator, "lvis": LVISEvaluator}  # by evaluator_type
 
 
 def autocast(cfg: CfgNode) -> torch.autocast:
@@ -184,7 +187,7 @@ class CoDETRTrainer(DefaultTrainer):
         logger.info("Seed of this run: %d", self.seed)
         seed_rng(derive_seed(self.seed, "model"))
         data_loader = self.build_train_loader(cfg)
-        self.cfg = cfg = schedule_in_iterations(cfg, len(data_loader.dataset))
+        self.cfg = cfg = schedule_in_iterations(cfg, round(data_loader.batch_sampler.epoch_size))
         self.bare_model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, self.bare_model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -311,7 +314,9 @@ class CoDETRTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
-        return build_train_loader(cfg, load_datasets(cfg, cfg.DATASETS.TRAIN, True), CoDETRDatasetMapper(cfg, True))
+        # Serialised, so that worker processes share the records instead of each coming to hold a copy.
+        records = DatasetFromList(load_datasets(cfg, cfg.DATASETS.TRAIN, True), copy=False)
+        return build_train_loader(cfg, records, CoDETRDatasetMapper(cfg, True, records=records))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
@@ -319,16 +324,18 @@ class CoDETRTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """The evaluator of the dataset's ``evaluator_type``: COCO's, also where the dataset names none."""
+        """The evaluator of the dataset's ``evaluator_type``: COCO's, also where the dataset names none, or LVIS's.
+
+        Both limit the detections of an image as their published numbers do, to 100 and 300, whatever
+        ``TEST.DETECTIONS_PER_IMAGE`` is.
+        """
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-        if kind != "coco":
-            raise InputError(f"DATASETS.TEST: {dataset_name} asks for the evaluator {kind!r}; there is only 'coco'")
-        return COCOEvaluator(
-            dataset_name,
-            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
-            max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE),  # at fewer than 100 COCO's AP stays the same
-            allow_cached_coco=False,
-        )
+        if kind not in EVALUATORS:
+            raise InputError(
+                f"DATASETS.TEST: {dataset_name} asks for the evaluator {kind!r}; there are: {', '.join(EVALUATORS)}"
+            )
+        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+        return EVALUATORS[kind](dataset_name, output_dir=output_dir, allow_cached_coco=False)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> OrderedDict:
@@ -368,6 +375,7 @@ def setup(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
         logger.warning("MODEL.DEVICE is %s, but there is no GPU: running on the CPU", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = device
     register_datasets(cfg)
+    check_registered((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     cfg.MODEL.CODETR.CLASS_NAMES = class_names(cfg)
     if not eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK

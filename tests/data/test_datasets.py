@@ -151,6 +151,8 @@ def remove(*keys):
         (set_in("annotations", 1, "bbox", [1, 2, 3, "4"]), r"annotations\[1\] \(id 2\).*bbox"),
         (set_in("annotations", 1, "category_id", 4), r"annotations\[1\] \(id 2\).*category_id 4.*3, 7"),
         (set_in("annotations", 1, "image_id", 12), r"annotations\[1\] \(id 2\).*image_id 12"),
+        (set_in("annotations", 1, "segmentation", [4, 5, 14, 5, 14, 17]), r"\(id 2\).*must be a list of polygons"),
+        (set_in("annotations", 1, "segmentation", {"counts": [9], "size": [40, 30]}), r'RLE .*"size" \[30, 40\]'),
         (set_in("annotations", 1, "ignore", 1), r"annotations\[1\] \(id 2\).*ignore"),
         (set_in("images", 0, "file_name", "c.png"), "1 of the 2 images.*c.png"),
         (set_in("images", 0, "width", 41), "a.png is 40 x 30 pixels.*41 x 30"),

@@ -102,6 +102,19 @@ def test_crop_sizes_are_those_of_detr(cfg):
     assert len(np.unique(cropped)) > 20
 
 
+def test_wide_images_are_limited_before_the_crop(cfg):
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.INPUT.MIN_SIZE_TRAIN = (0,)
+    augmentations = build_augmentations(cfg, is_train=True)
+    np.random.seed(0)
+    heights = set()
+    for _ in range(20):
+        aug_input = AugInput(np.zeros((50, 4000, 3), np.uint8))
+        AugmentationList(augmentations)(aug_input)
+        heights.add(aug_input.image.shape[0])
+    assert heights == {50, 53}  # a short side of 400 would make the long one 32000 pixels, not 4200
+
+
 def test_no_crop_in_evaluation(cfg, record):
     cfg.INPUT.CROP.ENABLED = True
     cfg.INPUT.MIN_SIZE_TEST = 240
@@ -164,3 +177,69 @@ def test_masks_go_with_the_boxes_where_the_model_has_masks(cfg, record):
         instances = mapper(record)["instances"]
         expected = instances.gt_masks.get_bounding_boxes().tensor
         np.testing.assert_allclose(instances.gt_boxes.tensor, expected, atol=1e-3)
+
+
+def test_an_image_without_objects_has_empty_masks(cfg, record):
+    cfg.MODEL.MASK_ON = True
+    cfg.INPUT.CROP.ENABLED = True
+    record["annotations"] = []
+    for mask_format in ("polygon", "bitmask"):
+        cfg.INPUT.MASK_FORMAT = mask_format
+        instances = CoDETRDatasetMapper(cfg, is_train=True)(record)["instances"]
+        assert len(instances) == len(instances.gt_masks) == 0
+
+
+@pytest.fixture
+def jitter(cfg):
+    cfg.INPUT.LARGE_SCALE_JITTER.ENABLED = True
+    cfg.MODEL.CODETR.CANVAS_SIZE = 400
+    return cfg
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_large_scale_jitter_keeps_boxes_on_a_square_canvas(jitter, record, masks):
+    for annotation in record["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    jitter.MODEL.MASK_ON = masks
+    mapper = CoDETRDatasetMapper(jitter, is_train=True)
+    np.random.seed(0)
+    longer, offsets, flipped = [], [], 0
+    for _ in range(60):
+        mapped = mapper(record)
+        image, instances = mapped["image"], mapped["instances"]
+        assert image.shape == (3, 400, 400) and instances.image_size == (400, 400)
+        found = dict(zip(instances.gt_classes.tolist(), instances.gt_boxes.tensor.tolist()))
+        for category in range(3):
+            extent = pixel_extent(image, category)
+            if extent is not None:
+                np.testing.assert_allclose(found[category], extent, atol=3)
+        picture = (image != 114).any(0)  # the rest is the canvas, at the right and the bottom
+        height, width = int(picture.any(1).sum()), int(picture.any(0).sum())
+        assert picture[:height, :width].all()
+        longer.append(width)
+        if width < 400:
+            assert height / width == pytest.approx(480 / 640, abs=1.5 / width)
+            flipped += found[0][0] > found[1][0]
+        elif {0, 2} <= found.keys():
+            offsets.append((found[0][0], found[0][1]))
+        if masks:
+            expected = instances.gt_masks.get_bounding_boxes().tensor
+            np.testing.assert_allclose(instances.gt_boxes.tensor, expected, atol=1e-3)
+    small = [x for x in longer if x < 400]
+    assert 15 <= len(small) <= 45 and min(small) >= 40 and min(small) < 90 and max(small) > 300
+    assert 0 < flipped < len(small)
+    assert len({x for x, _ in offsets}) > 3 and len({y for _, y in offsets}) > 3
+
+
+def test_large_scale_jitter_leaves_evaluation_alone(jitter, record):
+    jitter.INPUT.MIN_SIZE_TEST = jitter.INPUT.MAX_SIZE_TEST = 400
+    assert CoDETRDatasetMapper(jitter, is_train=False)(record)["image"].shape == (3, 300, 400)
+
+
+def test_large_scale_jitter_of_a_thin_picture(jitter):
+    jitter.INPUT.LARGE_SCALE_JITTER.MAX_SCALE = 0.2
+    augmentations = AugmentationList(build_augmentations(jitter, is_train=True))
+    aug_input = AugInput(np.zeros((2, 900, 3), np.uint8))
+    augmentations(aug_input)
+    assert aug_input.image.shape == (400, 400, 3) and (aug_input.image == 0).any()

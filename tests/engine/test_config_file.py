@@ -60,6 +60,8 @@ CODETR = [
     *("MODEL.META_ARCHITECTURE", "CoDETR", "MODEL.RESNETS.OUT_FEATURES", "['res3', 'res4', 'res5']"),
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
 ]
+JITTER = ["INPUT.LARGE_SCALE_JITTER.ENABLED", "True", "MODEL.CODETR.CANVAS_SIZE", "64"]
+COPY_PASTE = ["INPUT.COPY_PASTE.ENABLED", "True"]
 
 
 SWIN = ["MODEL.BACKBONE.NAME", "build_swin_backbone", "MODEL.CODETR.IN_FEATURES", "['p1', 'p2', 'p3']"]
@@ -127,6 +129,12 @@ VIT = [
         (["DATASETS.TRAIN", "('none',)"], 1, r"DATASETS\.TRAIN has 'none'.*COCO_JSON describes tiny_train, tiny_test"),
         (["DATASETS.TEST", "('tiny_test', 'none')"], 1, r"DATASETS\.TEST has 'none'.*describes tiny_train, tiny_test"),
         (["DATASETS.COCO_JSON", "['a', 'b', 'c']"], 1, r"DATASETS\.COCO_JSON: 'a' is not a \[name"),
+        ([*JITTER, "MODEL.CODETR.CANVAS_SIZE", "0"], 1, r"JITTER\.ENABLED needs .*MODEL\.CODETR\.CANVAS_SIZE"),
+        ([*JITTER, "INPUT.LARGE_SCALE_JITTER.MIN_SCALE", "0"], 1, r"MIN_SCALE is 0.*greater than 0"),
+        ([*JITTER, "INPUT.LARGE_SCALE_JITTER.MIN_SCALE", "3"], 1, r"MIN_SCALE is 3.*MAX_SCALE is 2.*at most MAX_SCALE"),
+        ([*JITTER, "INPUT.CROP.ENABLED", "True"], 1, r"CROP\.ENABLED and INPUT\.LARGE.*exclude each other"),
+        (["INPUT.COPY_PASTE.ENABLED", "True"], 1, r"COPY_PASTE\.ENABLED needs .*LARGE_SCALE_JITTER\.ENABLED True"),
+        ([*JITTER, *COPY_PASTE, "INPUT.COPY_PASTE.MAX_NUM_PASTED", "0"], 1, r"MAX_NUM_PASTED is 0"),
         (["MODEL.WEIGHTS", "none.pth"], 1, r"MODEL\.WEIGHTS: there is no file none\.pth"),
     ],
 )
@@ -144,6 +152,7 @@ def test_good_values_pass(config_file):
     check_config(load_config(str(config_file), [*CODETR, *VIT, "SOLVER.LAYER_DECAY", "0.8"]))
     canvas = ["MODEL.EVA02.IMAGE_SIZE", "1536", "MODEL.CODETR.CANVAS_SIZE", "1536"]
     check_config(load_config(str(config_file), [*CODETR, *VIT, *canvas]))
+    check_config(load_config(str(config_file), [*opts, *JITTER, *COPY_PASTE]))
 
 
 def test_weights_are_not_needed_where_a_run_is_resumed(config_file, tmp_path):

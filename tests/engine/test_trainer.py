@@ -251,6 +251,58 @@ def test_epochs_set_the_length_of_the_run(run_training):
     assert trainer.iter == 4  # 14 images in batches of 4
 
 
+def test_an_epoch_counts_repeated_images(make_config):
+    def epoch(*opts):
+        trainer = CoDETRTrainer(make_config("SOLVER.MAX_EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 1, *opts))
+        return trainer.max_iter, trainer.data_loader.batch_sampler
+
+    assert epoch()[0] == 14
+    # Every image holds two of the three classes, which are all rarer than this.
+    max_iter, stream = epoch(
+        "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 2
+    )
+    assert max_iter == round(sum(stream.repeat_factors.tolist())) > 20
+
+
+def test_coco_numbers_do_not_depend_on_the_detections_that_are_returned(make_config):
+    evaluator = CoDETRTrainer.build_evaluator(make_config("TEST.DETECTIONS_PER_IMAGE", 300), "tiny_test")
+    assert evaluator._max_dets_per_image == [1, 10, 100]
+
+
+def test_lvis_is_evaluated(make_config, coco_json, tmp_path):
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    name, folder, path = coco_json[1]
+    with open(path) as file:
+        data = json.load(file)
+    for image in data["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/{name}/{image.pop('file_name')}"
+        image.update(neg_category_ids=[], not_exhaustive_category_ids=[])
+    for category in data["categories"]:
+        category["frequency"] = "r"
+    (tmp_path / "lvis.json").write_text(json.dumps(data))
+    DatasetCatalog.register("tiny_lvis", list)
+    MetadataCatalog.get("tiny_lvis").set(
+        evaluator_type="lvis", json_file=str(tmp_path / "lvis.json"), image_root=os.path.dirname(folder)
+    )
+    cfg = make_config("DATASETS.TEST", "('tiny_lvis',)")
+    results = CoDETRTrainer.test(cfg, CoDETRTrainer.build_model(cfg))["bbox"]
+    assert results["AP"] == results["APr"] >= 0 and math.isnan(results["APc"])
+    assert (tmp_path / "run" / "inference" / "lvis_instances_results.json").exists()
+
+
+def test_copy_paste_is_the_same_whatever_process_maps_the_images(run_training, tmp_path):
+    jitter = "INPUT.LARGE_SCALE_JITTER"
+    opts = [f"{jitter}.ENABLED", True, f"{jitter}.MIN_SCALE", 0.8, f"{jitter}.MAX_SCALE", 1.0]
+    opts += ["INPUT.COPY_PASTE.ENABLED", True, "MODEL.CODETR.CANVAS_SIZE", 48, "DATASETS.TEST", "()"]
+    first, second = (
+        run_training(*opts, "DATALOADER.NUM_WORKERS", n, "OUTPUT_DIR", tmp_path / str(n)).bare_model.state_dict()
+        for n in (0, 2)
+    )
+    for name in first:
+        assert torch.equal(first[name], second[name])
+
+
 def test_a_metric_that_does_not_exist_is_reported_once(run_training, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "detectron2"):
         logging.getLogger("detectron2").propagate = True

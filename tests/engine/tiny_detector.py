@@ -61,6 +61,8 @@ def write_dataset(folder, name, num_images, seed):
         for j in range(2):
             x, y = (int(v) for v in rng.integers(0, 12, 2))
             box = {"bbox": [x, y, 10 + i % 5, 12], "area": 12.0 * (10 + i % 5), "iscrowd": 0}
+            right, bottom = x + 10 + i % 5, y + 12
+            box["segmentation"] = [[x, y, right, y, right, bottom, x, bottom]]
             annotations.append({"id": 2 * i + j + 1, "image_id": i, "category_id": (i + j) % NUM_CLASSES, **box})
     categories = [{"id": k, "name": f"class{k}"} for k in range(NUM_CLASSES)]
     data = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
