@@ -12,8 +12,10 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from . import ops
-from .heads import QUERY_HEAD_REGISTRY, build_auxiliary_head
+from .errors import InputError
+from .heads import QUERY_HEAD_REGISTRY, RefineMaskHead, build_auxiliary_head
 from .neck import ChannelMapper, ConvGN
+from .postprocess import detections_from_queries
 from .structures import FeaturePyramid
 
 __all__ = ["CoDETR", "auxiliary_head_names", "build_pyramid"]
@@ -24,7 +26,8 @@ class CoDETR(nn.Module):
     """Collaborative DETR.
 
     In training every auxiliary head reads the encoder's output, adds its own losses and hands its candidates on to the
-    query head as further decoder queries. Inference leaves the auxiliary heads out, unless ``eval_head`` names one.
+    query head as further decoder queries. Inference leaves the auxiliary heads out, unless ``eval_head`` names one or
+    masks are asked of the ROI head's branch.
 
     Args:
         backbone: a detectron2 backbone.
@@ -34,6 +37,8 @@ class CoDETR(nn.Module):
         auxiliary_heads: by name, in the order of the query head's positive queries.
         auxiliary_weight: weight of the auxiliary heads' losses (lambda_2 times the decoder layers, eq. 6).
         eval_head: "detr", or the name of the auxiliary head whose detections inference returns.
+        mask_head: predicts masks of the detections, from the encoder's output.
+        roi_masks: without a ``mask_head``, whether the auxiliary head named "roi" does so.
         pixel_mean, pixel_std: for the normalisation of the images.
     """
 
@@ -50,6 +55,8 @@ class CoDETR(nn.Module):
         eval_head: str,
         pixel_mean: list[float],
         pixel_std: list[float],
+        mask_head: RefineMaskHead | None = None,
+        roi_masks: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
@@ -62,6 +69,8 @@ class CoDETR(nn.Module):
             self.auxiliary_level = ConvGN(query_head.embed_dim, query_head.embed_dim, 3, stride=2, bias=True)
         self.auxiliary_weight = auxiliary_weight
         self.eval_head = eval_head
+        self.mask_head = mask_head
+        self.roi_masks = roi_masks
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
@@ -74,6 +83,13 @@ class CoDETR(nn.Module):
         neck = ChannelMapper(input_shapes, options.EMBED_DIM, options.NUM_FEATURE_LEVELS)
         strides = [*neck.strides, 2 * neck.strides[-1]]
         level_shapes = [ShapeSpec(channels=options.EMBED_DIM, stride=stride) for stride in strides]
+        roi_masks = cfg.MODEL.MASK_ON and options.MASK_HEAD == "roi"
+        refines_masks = cfg.MODEL.MASK_ON and options.MASK_HEAD == "refine"
+        if roi_masks and "roi" not in options.AUX_HEADS:
+            raise InputError(
+                'MODEL.CODETR.MASK_HEAD is "roi", but MODEL.CODETR.AUX_HEADS has no "roi" head: add it, or choose the '
+                'mask head "refine"'
+            )
         return {
             "backbone": backbone,
             "in_features": options.IN_FEATURES,
@@ -87,6 +103,8 @@ class CoDETR(nn.Module):
             "eval_head": options.EVAL_HEAD,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "mask_head": RefineMaskHead(cfg, level_shapes[:-1]) if refines_masks else None,
+            "roi_masks": roi_masks,
         }
 
     @property
@@ -101,7 +119,7 @@ class CoDETR(nn.Module):
 
         Returns:
             Training: the losses by name. Inference: for each image ``{"instances": Instances}`` with ``pred_boxes``,
-            ``scores`` and ``pred_classes``.
+            ``scores`` and ``pred_classes``, and where the model has masks ``pred_masks`` ([N, height, width] bool).
         """
         images = self.preprocess(batched_inputs)
         features = self.backbone(images.tensor)
@@ -119,6 +137,14 @@ class CoDETR(nn.Module):
             head_losses, samples[name] = head(auxiliary_pyramid, instances)
             losses.update({f"{k}_{name}": v * self.auxiliary_weight for k, v in head_losses.items()})
         losses.update(self.query_head.losses(memory, samples, instances))
+        if self.mask_head is not None:
+            with torch.no_grad():
+                output = self.query_head.predict(memory)
+                detections = detections_from_queries(
+                    output.logits[-1], output.boxes[-1], memory.image_sizes, self.query_head.max_detections
+                )
+            mask_losses = self.mask_head.losses(memory, detections, instances)
+            losses.update({k: v * self.auxiliary_weight for k, v in mask_losses.items()})
         return losses
 
     def inference(self, memory: FeaturePyramid, batched_inputs: list[dict]) -> list[dict]:
@@ -127,6 +153,10 @@ class CoDETR(nn.Module):
             results = self.query_head.inference(memory)
         else:
             results = self.auxiliary_heads[self.eval_head].inference(self.auxiliary_pyramid(memory))
+        if self.mask_head is not None:
+            results = self.mask_head.inference(memory, results)
+        elif self.roi_masks and not results[0].has("pred_masks"):
+            results = self.auxiliary_heads["roi"].predict_masks(memory, results)
         return [{"instances": rescale(result, x)} for result, x in zip(results, batched_inputs)]
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:

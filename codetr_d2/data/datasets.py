@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _OVERHANG = 1.0  # pixels that a box may stick out of its image without a word: rounding
 _registered: dict[str, tuple[str, str]] = {}  # dataset name -> (image folder, annotation json)
+_faulty_masks: dict[str, str | None] = {}  # annotation json, once it is read -> what is wrong with its first bad mask
 _checked_images: set[tuple] = set()  # what _check_images has passed in this process
 
 
@@ -95,7 +96,8 @@ def load_datasets(cfg: CfgNode, names: Sequence[str], is_train: bool) -> list[di
 
     For training, the test datasets of the config are checked too, so that nothing stops the evaluation later. Boxes of
     no area are left out and boxes that overhang the image are clipped, with one warning for each dataset. Images
-    without an object are kept unless ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``.
+    without an object are kept unless ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``. With ``MODEL.MASK_ON`` every annotation
+    must have a mask.
 
     Args:
         cfg: the config; its datasets must be registered (:func:`register_datasets`).
@@ -118,6 +120,10 @@ def load_datasets(cfg: CfgNode, names: Sequence[str], is_train: bool) -> list[di
     others = {name: DatasetCatalog.get(name) for name in other_names}
     dicts = get_detection_dataset_dicts(names, filter_empty=False, check_consistency=False)
     _check_classes(cfg, names + other_names)
+    if cfg.MODEL.MASK_ON:
+        _check_masks(names + other_names, (d for x in (dicts, *others.values()) for d in x))
+        if is_train and cfg.INPUT.MASK_FORMAT == "polygon":
+            _check_polygons(names, dicts)
     if is_train and not any(x.get("iscrowd", 0) == 0 for d in dicts for x in d.get("annotations", [])):
         raise InputError(
             f"No image of {', '.join(names)} has a valid box, so there is nothing to learn. "
@@ -277,6 +283,7 @@ def _load_coco(name: str, image_folder: str, annotation_json: str) -> list[dict]
     """Load a COCO annotation file as detectron2 dataset dicts, checked and with usable boxes only."""
     data = _read_json(annotation_json)
     _check_annotations(annotation_json, data)
+    _faulty_masks[annotation_json] = _find_faulty_mask(annotation_json, data)
     scorable = "info" in data and all("area" in x and "iscrowd" in x for x in data["annotations"])
     del data  # the file of a large dataset takes gigabytes in memory, and is about to be read again
     dicts = load_coco_json(annotation_json, image_folder, name)
@@ -313,6 +320,57 @@ def _clean_boxes(annotation_json: str, dicts: list[dict]) -> bool:
             "Boxes are [x, y, width, height] in pixels."
         )
     return not (dropped or clipped)
+
+
+def _is_mask(segmentation, image: dict) -> bool:
+    """Whether it is what COCO has for a mask in that image: polygons, one of them at least valid, or an RLE."""
+    if isinstance(segmentation, dict):
+        counts = segmentation.get("counts")
+        return isinstance(counts, (list, str)) and segmentation.get("size") == [image["height"], image["width"]]
+    return isinstance(segmentation, list) and any(
+        isinstance(x, list) and len(x) >= 6 and len(x) % 2 == 0 and all(isinstance(c, (int, float)) for c in x)
+        for x in segmentation
+    )
+
+
+def _find_faulty_mask(annotation_json: str, data: dict) -> str | None:
+    """What is wrong with the first annotation whose mask cannot be used. The other keys have been checked."""
+    images = {x["id"]: x for x in data["images"]}
+    for i, annotation in enumerate(data["annotations"]):
+        image, segmentation = images[annotation["image_id"]], annotation.get("segmentation")
+        if not _is_mask(segmentation, image):
+            found = "no" if not segmentation else "not a valid"
+            return (
+                f'{annotation_json}: annotations[{i}] (id {annotation["id"]}) has {found} "segmentation", but '
+                "MODEL.MASK_ON is True. Give it polygons ([[x, y, x, y, x, y, ...], ...] in pixels, three points or "
+                f"more) or an RLE of its image's size ({image['height']}, {image['width']}), remove the annotation, or "
+                "set MODEL.MASK_ON False."
+            )
+    return None
+
+
+def _check_masks(names: Sequence[str], dicts: Iterable[dict]) -> None:
+    """Every annotation of the datasets, which are loaded, has a mask."""
+    for name in names:
+        if name in _registered and (fault := _faulty_masks.get(_registered[name][1])) is not None:
+            raise InputError(fault)
+    for image in dicts:  # of datasets that were registered elsewhere
+        if any("segmentation" not in x for x in image.get("annotations", [])):
+            raise InputError(
+                f'An annotation of {image["file_name"]} (in {", ".join(names)}) has no "segmentation", but '
+                "MODEL.MASK_ON is True. Add the masks to the dataset or set MODEL.MASK_ON False."
+            )
+
+
+def _check_polygons(names: Sequence[str], dicts: list[dict]) -> None:
+    """No object that is trained on has a mask of another kind."""
+    for image in dicts:
+        masks = [x["segmentation"] for x in image.get("annotations", []) if x.get("iscrowd", 0) == 0]
+        if not all(isinstance(x, list) for x in masks):
+            raise InputError(
+                f"{', '.join(names)}: masks of {image['file_name']} are no polygons (but an RLE), and INPUT.MASK_FORMAT "
+                "is polygon. Set INPUT.MASK_FORMAT bitmask, which reads both."
+            )
 
 
 def _check_images(name: str, dicts: list[dict]) -> None:

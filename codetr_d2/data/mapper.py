@@ -38,7 +38,9 @@ class CoDETRDatasetMapper(DatasetMapper):
 
     Called with a dataset dict, it returns that dict with ``image`` ([C, H, W] uint8, channels as ``INPUT.FORMAT``) and,
     in training, ``instances`` (``gt_boxes`` xyxy in pixels of ``image``, ``gt_classes``) in place of ``annotations``.
-    Crowd boxes and those that a crop cuts away are dropped; an image that keeps none is still used.
+    Crowd boxes and those that a crop cuts away are dropped; an image that keeps none is still used. With
+    ``MODEL.MASK_ON`` an image with objects has ``gt_masks`` too, of the type that ``INPUT.MASK_FORMAT`` says, and after a
+    crop its boxes are those of what is left of the masks.
 
     Raises:
         InputError: the image is missing, damaged, or of another size than its annotation says.
@@ -65,3 +67,13 @@ class CoDETRDatasetMapper(DatasetMapper):
         elif "annotations" in dataset_dict:
             self._transform_annotations(dataset_dict, transforms, image.shape[:2])
         return dataset_dict
+
+    def _transform_annotations(
+        self, dataset_dict: dict, transforms: T.TransformList, image_shape: tuple[int, int]
+    ) -> None:
+        """See the base class, which cannot recompute the boxes of an image that has no mask."""
+        if any(x.get("iscrowd", 0) == 0 for x in dataset_dict["annotations"]):
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+        else:
+            dataset_dict.pop("annotations")
+            dataset_dict["instances"] = utils.annotations_to_instances([], image_shape)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, verify_results
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
@@ -29,6 +29,7 @@ from ..data.loader import build_test_loader, build_train_loader
 from ..data.mapper import CoDETRDatasetMapper
 from ..data.samplers import derive_seed, seed_rng
 from ..errors import InputError
+from ..evaluation import MaskCOCOEvaluator
 from .config_file import resolve_device, save_config
 from .ema import ModelEMA
 from .hooks import BestCheckpointer, PeriodicCheckpointer, PeriodicWriter, drop_metrics_from
@@ -317,7 +318,7 @@ class CoDETRTrainer(DefaultTrainer):
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
         if kind != "coco":
             raise InputError(f"DATASETS.TEST: {dataset_name} asks for the evaluator {kind!r}; there is only 'coco'")
-        return COCOEvaluator(
+        return MaskCOCOEvaluator(
             dataset_name,
             output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
             max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE),  # at fewer than 100 COCO's AP stays the same

@@ -5,6 +5,7 @@ from .atss import ATSSHead
 from .auxiliary import AUX_HEAD_REGISTRY, AuxiliaryHead, build_auxiliary_head
 from .co_deformable_detr import CoDeformableDETRHead
 from .query_head import QUERY_HEAD_REGISTRY
+from .refine_mask import RefineMaskHead
 from .roi import CoROIHeads, CoRPN, ROIHead
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "CoRPN",
     "ROIHead",
     "RatioMajorAnchorGenerator",
+    "RefineMaskHead",
     "build_auxiliary_head",
 ]

@@ -1,0 +1,41 @@
+"""Evaluation of detections whose masks have scores of their own."""
+
+from detectron2.evaluation import COCOEvaluator
+
+__all__ = ["MaskCOCOEvaluator", "MaskScores"]
+
+
+class MaskScores:
+    """For COCO's or LVIS's evaluator of detectron2: masks are ranked by ``mask_scores``, boxes by ``scores``.
+
+    The results file has the former as ``mask_score`` beside the latter. Without ``mask_scores`` in the model's output it
+    changes nothing.
+    """
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """See the base class."""
+        super().process(inputs, outputs)
+        for prediction, output in zip(self._predictions[-len(outputs) :], outputs):
+            if output["instances"].has("mask_scores"):
+                for result, score in zip(prediction["instances"], output["instances"].mask_scores.tolist()):
+                    result["mask_score"] = score
+
+    def _eval_predictions(self, predictions: list[dict], *args, **kwargs) -> None:
+        results = [x for prediction in predictions for x in prediction["instances"]]
+        if not any("mask_score" in x for x in results):
+            super()._eval_predictions(predictions, *args, **kwargs)
+            return
+        tasks = self._tasks or self._tasks_from_predictions(results)
+        for task in sorted(tasks, reverse=True):  # boxes last: the results file is written each time
+            score = "mask_score" if task == "segm" else "score"
+            # Copies, as the base class changes them.
+            ranked = [{**p, "instances": [{**x, "score": x[score]} for x in p["instances"]]} for p in predictions]
+            self._tasks = [task]
+            super()._eval_predictions(ranked, *args, **kwargs)
+        self._tasks = tasks
+        if "segm" in self._results:
+            self._results.move_to_end("segm")
+
+
+class MaskCOCOEvaluator(MaskScores, COCOEvaluator):
+    """detectron2's :class:`COCOEvaluator` with :class:`MaskScores`."""
