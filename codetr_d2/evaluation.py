@@ -8,8 +8,7 @@ __all__ = ["MaskCOCOEvaluator", "MaskScores"]
 class MaskScores:
     """For COCO's or LVIS's evaluator of detectron2: masks are ranked by ``mask_scores``, boxes by ``scores``.
 
-    The results file has the former as ``mask_score`` beside the latter. Without ``mask_scores`` in the model's output it
-    changes nothing.
+    The results file has the former as ``mask_score`` beside the latter. It changes nothing where the model gives none.
     """
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
@@ -25,14 +24,15 @@ class MaskScores:
         if not any("mask_score" in x for x in results):
             super()._eval_predictions(predictions, *args, **kwargs)
             return
-        tasks = self._tasks or self._tasks_from_predictions(results)
-        for task in sorted(tasks, reverse=True):  # boxes last: the results file is written each time
+        own_tasks = self._tasks
+        # Boxes come last, as the results file is written each time.
+        for task in sorted(own_tasks or self._tasks_from_predictions(results), reverse=True):
             score = "mask_score" if task == "segm" else "score"
             # Copies, as the base class changes them.
             ranked = [{**p, "instances": [{**x, "score": x[score]} for x in p["instances"]]} for p in predictions]
             self._tasks = [task]
             super()._eval_predictions(ranked, *args, **kwargs)
-        self._tasks = tasks
+        self._tasks = own_tasks
         if "segm" in self._results:
             self._results.move_to_end("segm")
 

@@ -368,8 +368,8 @@ def _check_polygons(names: Sequence[str], dicts: list[dict]) -> None:
         masks = [x["segmentation"] for x in image.get("annotations", []) if x.get("iscrowd", 0) == 0]
         if not all(isinstance(x, list) for x in masks):
             raise InputError(
-                f"{', '.join(names)}: masks of {image['file_name']} are no polygons (but an RLE), and INPUT.MASK_FORMAT "
-                "is polygon. Set INPUT.MASK_FORMAT bitmask, which reads both."
+                f"{', '.join(names)}: {image['file_name']} has a mask that is not made of polygons, but "
+                "INPUT.MASK_FORMAT is polygon. Set INPUT.MASK_FORMAT bitmask, which reads both."
             )
 
 

@@ -39,8 +39,8 @@ class CoDETRDatasetMapper(DatasetMapper):
     Called with a dataset dict, it returns that dict with ``image`` ([C, H, W] uint8, channels as ``INPUT.FORMAT``) and,
     in training, ``instances`` (``gt_boxes`` xyxy in pixels of ``image``, ``gt_classes``) in place of ``annotations``.
     Crowd boxes and those that a crop cuts away are dropped; an image that keeps none is still used. With
-    ``MODEL.MASK_ON`` an image with objects has ``gt_masks`` too, of the type that ``INPUT.MASK_FORMAT`` says, and after a
-    crop its boxes are those of what is left of the masks.
+    ``MODEL.MASK_ON`` an image with objects has ``gt_masks`` too, of the type that ``INPUT.MASK_FORMAT`` says, and after
+    a crop its boxes are those of what is left of the masks.
 
     Raises:
         InputError: the image is missing, damaged, or of another size than its annotation says.

@@ -82,9 +82,7 @@ class _MaskIoUHead(nn.Module):
 
     def __init__(self, dim: int, num_classes: int):
         super().__init__()
-        self.convs = nn.ModuleList(
-            [_ConvReLU(dim + 1, dim, 3, norm=True), _ConvReLU(dim, dim, 3, stride=2, norm=True)]
-        )
+        self.convs = nn.ModuleList([_ConvReLU(dim + 1, dim, 3, norm=True), _ConvReLU(dim, dim, 3, stride=2, norm=True)])
         self.fcs = nn.ModuleList([nn.Linear(dim * (_SIZES[0] // 2) ** 2, 4 * dim)])
         self.fc_mask_iou = nn.Linear(4 * dim, num_classes)
         for layer in (*self.fcs, self.fc_mask_iou):
@@ -223,14 +221,14 @@ class RefineMaskHead(nn.Module):
         ]
 
         sums, counts = [], []
+        merged = logits[1].detach()
         for i, (stage_logits, target) in enumerate(zip(logits, targets)):
             loss = F.binary_cross_entropy_with_logits(stage_logits, target.float(), reduction="none")
             region = torch.ones_like(target)
-            if i > 1:
+            if i > 1:  # the logits of the stage before are those that inference would go on from
                 previous = boundary(merged >= 0, 2) | boundary(targets[i - 1], 2)
                 region = _upsample(previous.float(), stage_logits.shape[-1]) >= 0.5
-            if i > 0:
-                merged = stage_logits.detach() if i == 1 else refine_at_boundary(merged, stage_logits.detach())
+                merged = refine_at_boundary(merged, stage_logits.detach())
             sums.append((loss * region).sum())
             counts.append(region.sum().float())
 
