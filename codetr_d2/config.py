@@ -86,11 +86,11 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.ATSS.SOFT_NMS = False  # lower the scores of what overlaps instead of dropping it
     _C.MODEL.ROI_HEADS.SOFT_NMS = False
 
-    # The mask head of Co-DINO-Inst. LAMBDA2 times the decoder layers comes on top of its loss weights.
+    # The mask head of Co-DINO-Inst.
     _C.MODEL.REFINE_MASK_HEAD = CN()
     _C.MODEL.REFINE_MASK_HEAD.POSITIVES_PER_IMAGE = 128  # boxes trained on: those that overlap an object by half
-    _C.MODEL.REFINE_MASK_HEAD.LOSS_WEIGHT = 1.33
-    _C.MODEL.REFINE_MASK_HEAD.IOU_LOSS_WEIGHT = 0.5  # of the mask's predicted quality
+    _C.MODEL.REFINE_MASK_HEAD.LOSS_WEIGHT = 12.0
+    _C.MODEL.REFINE_MASK_HEAD.IOU_LOSS_WEIGHT = 6.0  # of the mask's predicted quality
 
     # Deformable attention: auto, cpp or eager. auto takes the fastest one that works where the tensors are.
     _C.MODEL.MS_DEFORM_ATTN = "auto"

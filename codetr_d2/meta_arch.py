@@ -143,8 +143,7 @@ class CoDETR(nn.Module):
                 detections = detections_from_queries(
                     output.logits[-1], output.boxes[-1], memory.image_sizes, self.query_head.max_detections
                 )
-            mask_losses = self.mask_head.losses(memory, detections, instances)
-            losses.update({k: v * self.auxiliary_weight for k, v in mask_losses.items()})
+            losses.update(self.mask_head.losses(memory, detections, instances))
         return losses
 
     def inference(self, memory: FeaturePyramid, batched_inputs: list[dict]) -> list[dict]:

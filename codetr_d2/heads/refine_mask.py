@@ -128,8 +128,8 @@ class RefineMaskHead(nn.Module):
         num_classes: int,
         positives_per_image: int = 128,
         iou_threshold: float = 0.5,
-        loss_weight: float = 1.0,
-        iou_loss_weight: float = 0.5,
+        loss_weight: float = 12.0,
+        iou_loss_weight: float = 6.0,
     ):
         super().__init__()
         self.positives_per_image = positives_per_image
