@@ -8,7 +8,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks, pairwise_iou
-from fvcore.nn.weight_init import c2_msra_fill
+from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
 
 from ..distributed import reduce_mean
@@ -85,9 +85,9 @@ class _MaskIoUHead(nn.Module):
         self.convs = nn.ModuleList([_ConvReLU(dim + 1, dim, 3, norm=True), _ConvReLU(dim, dim, 3, stride=2, norm=True)])
         self.fcs = nn.ModuleList([nn.Linear(dim * (_SIZES[0] // 2) ** 2, 4 * dim)])
         self.fc_mask_iou = nn.Linear(4 * dim, num_classes)
-        for layer in (*self.fcs, self.fc_mask_iou):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        c2_xavier_fill(self.fcs[0])
+        nn.init.normal_(self.fc_mask_iou.weight, std=0.01)
+        nn.init.zeros_(self.fc_mask_iou.bias)
 
     def forward(self, pooled: Tensor, mask: Tensor) -> Tensor:
         """[R, C, 14, 14] features of the ROI, [R, 1, 28, 28] mask probabilities -> [R, K] IoU from 0 to 1."""
