@@ -99,6 +99,13 @@ CODETR = [
         (["DATASETS.TRAIN", "('none',)"], 1, r"DATASETS\.TRAIN has 'none'.*COCO_JSON describes tiny_train, tiny_test"),
         (["DATASETS.TEST", "('tiny_test', 'none')"], 1, r"DATASETS\.TEST has 'none'.*describes tiny_train, tiny_test"),
         (["DATASETS.COCO_JSON", "['a', 'b', 'c']"], 1, r"DATASETS\.COCO_JSON: 'a' is not a \[name"),
+        (["MODEL.MASK_ON", "True", "MODEL.CODETR.MASK_HEAD", "fcn"], 1, r"MASK_HEAD is 'fcn'; it may be: roi, refine"),
+        (
+            ["MODEL.MASK_ON", "True", "MODEL.CODETR.AUX_HEADS", "['atss']"],
+            1,
+            r'MASK_HEAD is "roi".*add "roi" to MODEL\.CODETR\.AUX_HEADS.*"refine"',
+        ),
+        (["MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT", "rle"], 1, r"MASK_FORMAT is 'rle'.*polygon, bitmask"),
         (["MODEL.WEIGHTS", "none.pth"], 1, r"MODEL\.WEIGHTS: there is no file none\.pth"),
     ],
 )
@@ -112,6 +119,9 @@ def test_good_values_pass(config_file):
     opts = [*CODETR, "MODEL.CODETR.AUX_HEADS", "['roi', 'roi']"]
     check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.EVAL_HEAD", "roi2"]), 2)
     check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.AUX_HEADS", "[]"]))
+    check_config(load_config(str(config_file), [*opts, "MODEL.MASK_ON", "True"]))
+    opts += ["MODEL.CODETR.AUX_HEADS", "[]", "MODEL.CODETR.MASK_HEAD", "refine"]
+    check_config(load_config(str(config_file), [*opts, "MODEL.MASK_ON", "True"]))
 
 
 def test_weights_are_not_needed_where_a_run_is_resumed(config_file, tmp_path):
