@@ -225,6 +225,15 @@ def _is_box(box) -> bool:
     return isinstance(box, (list, tuple)) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
 
 
+def _is_readable(segmentation) -> bool:
+    """Whether detectron2 can read it, be it a usable mask or not."""
+    if isinstance(segmentation, dict):
+        return isinstance(segmentation.get("counts"), (list, str)) and isinstance(segmentation.get("size"), list)
+    return segmentation is None or (
+        isinstance(segmentation, list) and all(isinstance(polygon, list) for polygon in segmentation)
+    )
+
+
 def _check_annotations(annotation_json: str, data: dict) -> None:
     """Check what detectron2 and pycocotools take for granted in a COCO annotation file."""
     categories = _check_categories(annotation_json, data)
@@ -275,6 +284,11 @@ def _check_annotations(annotation_json: str, data: dict) -> None:
             )
         if not _is_box(annotation["bbox"]):
             raise InputError(f'{where}: "bbox" is {annotation["bbox"]!r}, not [x, y, width, height] in pixels.')
+        if not _is_readable(mask := annotation.get("segmentation")):
+            raise InputError(
+                f'{where}: "segmentation" is neither a list of polygons ([[x, y, x, y, x, y, ...], ...]) nor an RLE with '
+                f'"size" and "counts", but {str(mask)[:60]}. Correct or remove it.'
+            )
         if annotation.get("ignore", 0) != 0:
             raise InputError(f'{where}: "ignore" is not supported. Use "iscrowd": 1, or remove the annotation.')
 
@@ -323,13 +337,11 @@ def _clean_boxes(annotation_json: str, dicts: list[dict]) -> bool:
 
 
 def _is_mask(segmentation, image: dict) -> bool:
-    """Whether it is what COCO has for a mask in that image: polygons, one of them at least valid, or an RLE."""
+    """Whether a readable one is a mask of that image: polygons, one of them at least valid, or an RLE of its size."""
     if isinstance(segmentation, dict):
-        counts = segmentation.get("counts")
-        return isinstance(counts, (list, str)) and segmentation.get("size") == [image["height"], image["width"]]
-    return isinstance(segmentation, list) and any(
-        isinstance(x, list) and len(x) >= 6 and len(x) % 2 == 0 and all(isinstance(c, (int, float)) for c in x)
-        for x in segmentation
+        return segmentation["size"] == [image["height"], image["width"]]
+    return any(
+        len(x) >= 6 and len(x) % 2 == 0 and all(isinstance(c, (int, float)) for c in x) for x in segmentation or ()
     )
 
 
