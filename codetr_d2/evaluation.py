@@ -1,8 +1,21 @@
 """Evaluation of detections whose masks have scores of their own."""
 
 from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Instances
 
-__all__ = ["MaskCOCOEvaluator", "MaskScores"]
+__all__ = ["MaskCOCOEvaluator", "MaskScores", "add_mask_scores"]
+
+
+def add_mask_scores(results: list[dict], detections: Instances) -> None:
+    """Put the ``mask_scores`` of detections, where there are some, as ``mask_score`` into their COCO format.
+
+    Args:
+        results: what detectron2's ``instances_to_coco_json`` makes of the detections; changed in place.
+        detections: with or without ``mask_scores``.
+    """
+    if detections.has("mask_scores"):
+        for result, score in zip(results, detections.mask_scores.tolist()):
+            result["mask_score"] = score
 
 
 class MaskScores:
@@ -15,9 +28,7 @@ class MaskScores:
         """See the base class."""
         super().process(inputs, outputs)
         for prediction, output in zip(self._predictions[-len(outputs) :], outputs):
-            if output["instances"].has("mask_scores"):
-                for result, score in zip(prediction["instances"], output["instances"].mask_scores.tolist()):
-                    result["mask_score"] = score
+            add_mask_scores(prediction["instances"], output["instances"])
 
     def _eval_predictions(self, predictions: list[dict], *args, **kwargs) -> None:
         results = [x for prediction in predictions for x in prediction["instances"]]

@@ -286,8 +286,8 @@ def _check_annotations(annotation_json: str, data: dict) -> None:
             raise InputError(f'{where}: "bbox" is {annotation["bbox"]!r}, not [x, y, width, height] in pixels.')
         if not _is_readable(mask := annotation.get("segmentation")):
             raise InputError(
-                f'{where}: "segmentation" is neither a list of polygons ([[x, y, x, y, x, y, ...], ...]) nor an RLE with '
-                f'"size" and "counts", but {str(mask)[:60]}. Correct or remove it.'
+                f'{where}: "segmentation" is neither a list of polygons ([[x, y, x, y, x, y, ...], ...]) nor an RLE '
+                f'with "size" and "counts", but {str(mask)[:60]}. Correct or remove it.'
             )
         if annotation.get("ignore", 0) != 0:
             raise InputError(f'{where}: "ignore" is not supported. Use "iscrowd": 1, or remove the annotation.')
