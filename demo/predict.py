@@ -6,8 +6,8 @@
 
 Without --config-file it is the model that `make quickstart` trained. The output folder gets each picture with its
 detections drawn on it, each video likewise, and detections.json: for each picture (or frame) the file, its size, and
-detections with category_name, category_id (counted from 0), bbox ([x, y, width, height] in pixels) and score. A model with
-masks adds segmentation (COCO's run-length encoding) and, where masks have scores of their own, mask_score.
+detections with category_name, category_id (counted from 0), bbox ([x, y, width, height] in pixels) and score. A model
+with masks adds segmentation (COCO's run-length encoding) and, where masks have scores of their own, mask_score.
 """
 
 import argparse

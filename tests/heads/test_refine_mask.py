@@ -219,6 +219,25 @@ def test_images_without_objects(make_pyramid, make_targets, empty):
     assert [name for name, x in head.named_parameters() if x.grad is None] == []
 
 
+def test_every_process_takes_part_in_the_averages(make_pyramid, make_targets, monkeypatch):
+    """Also one without objects: the others would wait for it."""
+    reduced = []
+
+    def reduce_mean(x):
+        reduced.append(x.shape)
+        return 2 * x  # as if the other processes had three times as much
+
+    targets = add_ellipses(make_targets(SIZES[0], [[10, 10, 60, 70]], [2]))
+    pyramid, nothing = make_pyramid(SIZES[:1]), [detect(SIZES[0], [], [])]
+    head = build()
+    alone = head.losses(pyramid, nothing, [targets])
+    monkeypatch.setattr(refine_mask, "reduce_mean", reduce_mean)
+    for name, loss in head.losses(pyramid, nothing, [targets]).items():
+        torch.testing.assert_close(loss, alone[name] / 2)
+    head.losses(pyramid, nothing, [make_targets(SIZES[0], [], [])])
+    assert reduced == [(5,), (5,)]
+
+
 def test_autocast(make_pyramid, make_targets):
     pyramid = make_pyramid(SIZES[:1])
     pyramid.tokens = pyramid.tokens.bfloat16()
