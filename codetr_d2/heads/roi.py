@@ -131,6 +131,8 @@ class CoROIHeads(StandardROIHeads):
     @torch.no_grad()
     def label_and_sample_proposals(self, proposals: list[Instances], targets: list[Instances]) -> list[Instances]:
         """See the base class."""
+        if not self.mask_on:  # masks that nobody reads would be copied for every sampled ROI
+            targets = [Instances(x.image_size, gt_boxes=x.gt_boxes, gt_classes=x.gt_classes) for x in targets]
         if self.proposal_prepend_gt:
             # detectron2's function appends; rolling the rows brings them to the front.
             proposals = [
@@ -237,9 +239,6 @@ class ROIHead(AuxiliaryHead):
         images, features = self._inputs(pyramid)
         # What counts as an image's size is the pyramid's affair: without a padding mask it is the whole canvas.
         targets = [Instances(size, **x.get_fields()) for size, x in zip(pyramid.image_sizes, targets)]
-        for x in targets:
-            if x.has("gt_masks") and not self.roi_heads.mask_on:
-                x.remove("gt_masks")  # detectron2 would copy them for every sampled ROI
         proposals, rpn_losses = self.proposal_generator(images, features, targets)
         proposals, roi_losses = self.roi_heads(images, features, proposals, targets)
         names = {"loss_rpn_loc": "loss_rpn_box", "loss_box_reg": "loss_box"}
