@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import InputError
-from .heads import QUERY_HEAD_REGISTRY, RefineMaskHead, build_auxiliary_head
+from .heads import QUERY_HEAD_REGISTRY, build_auxiliary_head
+from .heads.refine_mask import RefineMaskHead
 from .neck import ChannelMapper, ConvGN
 from .postprocess import detections_from_queries
 from .structures import FeaturePyramid
@@ -37,8 +38,8 @@ class CoDETR(nn.Module):
         auxiliary_heads: by name, in the order of the query head's positive queries.
         auxiliary_weight: weight of the auxiliary heads' losses (lambda_2 times the decoder layers, eq. 6).
         eval_head: "detr", or the name of the auxiliary head whose detections inference returns.
-        mask_head: predicts masks of the detections, from the encoder's output.
-        roi_masks: without a ``mask_head``, whether the auxiliary head named "roi" does so.
+        mask_head: predicts masks of the detections, from the encoder's output; or None.
+        roi_masks: whether the auxiliary head named "roi" does so.
         pixel_mean, pixel_std: for the normalisation of the images.
     """
 
@@ -53,10 +54,10 @@ class CoDETR(nn.Module):
         auxiliary_heads: dict[str, nn.Module],
         auxiliary_weight: float,
         eval_head: str,
+        mask_head: RefineMaskHead | None,
+        roi_masks: bool,
         pixel_mean: list[float],
         pixel_std: list[float],
-        mask_head: RefineMaskHead | None = None,
-        roi_masks: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
@@ -69,6 +70,11 @@ class CoDETR(nn.Module):
             self.auxiliary_level = ConvGN(query_head.embed_dim, query_head.embed_dim, 3, stride=2, bias=True)
         self.auxiliary_weight = auxiliary_weight
         self.eval_head = eval_head
+        if roi_masks and "roi" not in auxiliary_heads:
+            raise InputError(
+                'MODEL.CODETR.MASK_HEAD is "roi", but MODEL.CODETR.AUX_HEADS has no "roi" head: add it, or choose the '
+                'mask head "refine"'
+            )
         self.mask_head = mask_head
         self.roi_masks = roi_masks
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
@@ -77,19 +83,13 @@ class CoDETR(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         options = cfg.MODEL.CODETR
+        mask_kind = options.MASK_HEAD if cfg.MODEL.MASK_ON else None
         ops.set_backend(cfg.MODEL.MS_DEFORM_ATTN)
         backbone = build_backbone(cfg)
         input_shapes = [backbone.output_shape()[name] for name in options.IN_FEATURES]
         neck = ChannelMapper(input_shapes, options.EMBED_DIM, options.NUM_FEATURE_LEVELS)
         strides = [*neck.strides, 2 * neck.strides[-1]]
         level_shapes = [ShapeSpec(channels=options.EMBED_DIM, stride=stride) for stride in strides]
-        roi_masks = cfg.MODEL.MASK_ON and options.MASK_HEAD == "roi"
-        refines_masks = cfg.MODEL.MASK_ON and options.MASK_HEAD == "refine"
-        if roi_masks and "roi" not in options.AUX_HEADS:
-            raise InputError(
-                'MODEL.CODETR.MASK_HEAD is "roi", but MODEL.CODETR.AUX_HEADS has no "roi" head: add it, or choose the '
-                'mask head "refine"'
-            )
         return {
             "backbone": backbone,
             "in_features": options.IN_FEATURES,
@@ -101,10 +101,10 @@ class CoDETR(nn.Module):
             },
             "auxiliary_weight": options.LAMBDA2 * options.DECODER.NUM_LAYERS,
             "eval_head": options.EVAL_HEAD,
+            "mask_head": RefineMaskHead(cfg, level_shapes[:-1]) if mask_kind == "refine" else None,
+            "roi_masks": mask_kind == "roi",
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "mask_head": RefineMaskHead(cfg, level_shapes[:-1]) if refines_masks else None,
-            "roi_masks": roi_masks,
         }
 
     @property

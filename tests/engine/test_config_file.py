@@ -119,9 +119,13 @@ def test_good_values_pass(config_file):
     opts = [*CODETR, "MODEL.CODETR.AUX_HEADS", "['roi', 'roi']"]
     check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.EVAL_HEAD", "roi2"]), 2)
     check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.AUX_HEADS", "[]"]))
-    check_config(load_config(str(config_file), [*opts, "MODEL.MASK_ON", "True"]))
+
+
+def test_heads_for_masks_pass(config_file):
+    opts = [*CODETR, "MODEL.MASK_ON", "True"]
+    check_config(load_config(str(config_file), opts))
     opts += ["MODEL.CODETR.AUX_HEADS", "[]", "MODEL.CODETR.MASK_HEAD", "refine"]
-    check_config(load_config(str(config_file), [*opts, "MODEL.MASK_ON", "True"]))
+    check_config(load_config(str(config_file), opts))
 
 
 def test_weights_are_not_needed_where_a_run_is_resumed(config_file, tmp_path):
