@@ -85,6 +85,7 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.ATSS.NMS_THRESH_TEST = 0.6
     _C.MODEL.ATSS.SOFT_NMS = False  # lower the scores of what overlaps instead of dropping it
     _C.MODEL.ROI_HEADS.SOFT_NMS = False
+    _C.MODEL.RPN.NMS_THRESH_TEST = 0.7  # of the proposals at inference; MODEL.RPN.NMS_THRESH is that of training
 
     # The mask head of Co-DINO-Inst.
     _C.MODEL.REFINE_MASK_HEAD = CN()
@@ -109,7 +110,7 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.SWIN.ACTIVATION_CHECKPOINTING = False
 
     # EVA-02 ViT with its simple feature pyramid: MODEL.BACKBONE.NAME "build_eva02_pyramid_backbone", with the features
-    # p2 to p6 at strides 4 to 64, of MODEL.FPN.OUT_CHANNELS channels.
+    # p2 to p6 at strides 4 to 64, of MODEL.FPN.OUT_CHANNELS channels; only those in MODEL.CODETR.IN_FEATURES are built.
     _C.MODEL.EVA02 = CN()
     _C.MODEL.EVA02.EMBED_DIM = 1024
     _C.MODEL.EVA02.DEPTH = 24

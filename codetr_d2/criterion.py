@@ -2,43 +2,16 @@
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import Instances
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from .assigners.hungarian import HungarianMatcher
 from .distributed import reduce_mean
-from .layers import paired_giou
-from .structures import DecoderOutput, EncoderProposals, FeaturePyramid
+from .layers import paired_giou, paired_iou, quality_focal_loss
+from .structures import DecoderOutput, Targets
 
-__all__ = ["SetCriterion", "Targets"]
-
-
-class Targets:
-    """The ground truth of a batch, padded to one size.
-
-    Args:
-        instances: for each image its ``gt_boxes`` (xyxy pixels) and ``gt_classes``.
-        image_sizes_xyxy: [B, 4] (w, h, w, h) of the images in pixels.
-
-    Attributes:
-        num_targets: number of objects of each image.
-        labels: [B, G] int64, padded with 0.
-        boxes: [B, G, 4] cxcywh normalised, padded with 0.
-        image_sizes_xyxy: as given.
-    """
-
-    def __init__(self, instances: list[Instances], image_sizes_xyxy: Tensor):
-        self.num_targets = [len(x) for x in instances]
-        self.image_sizes_xyxy = image_sizes_xyxy
-        size = max(self.num_targets)
-        labels = image_sizes_xyxy.new_zeros((len(instances), size), dtype=torch.int64)
-        boxes = image_sizes_xyxy.new_zeros((len(instances), size, 4))
-        for i, x in enumerate(instances):
-            labels[i, : len(x)] = x.gt_classes
-            boxes[i, : len(x)] = box_convert(x.gt_boxes.tensor / image_sizes_xyxy[i], "xyxy", "cxcywh")
-        self.labels, self.boxes = labels, boxes
+__all__ = ["SetCriterion"]
 
 
 class SetCriterion(nn.Module):
@@ -51,10 +24,21 @@ class SetCriterion(nn.Module):
         num_classes: number of classes; also the label of background.
         matcher: the one-to-one matcher.
         weight_cls, weight_box, weight_giou: loss weights.
+        quality_focal: the classification loss is the quality focal loss, whose targets are the IoU of the predicted
+            box at the class of a positive (Co-DINO); otherwise the focal loss.
+        encoder_objectness: the encoder's predictions only tell objects from background, in the logit of class 0
+            (Co-Deformable-DETR); otherwise they are trained with the classes.
     """
 
     def __init__(
-        self, num_classes: int, matcher: HungarianMatcher, weight_cls: float, weight_box: float, weight_giou: float
+        self,
+        num_classes: int,
+        matcher: HungarianMatcher,
+        weight_cls: float,
+        weight_box: float,
+        weight_giou: float,
+        quality_focal: bool = False,
+        encoder_objectness: bool = True,
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -62,28 +46,27 @@ class SetCriterion(nn.Module):
         self.weight_cls = weight_cls
         self.weight_box = weight_box
         self.weight_giou = weight_giou
+        self.quality_focal = quality_focal
+        self.encoder_objectness = encoder_objectness
 
     def forward(
         self,
         outputs: list[DecoderOutput],
-        proposals: EncoderProposals,
-        pyramid: FeaturePyramid,
-        instances: list[Instances],
+        encoder_output: DecoderOutput,
+        targets: Targets,
     ) -> dict[str, Tensor]:
         """
         Args:
             outputs: the decoder's predictions for each group of queries.
-            proposals: the encoder's predictions.
-            pyramid: for the sizes of the images.
-            instances: the ground truth of each image, boxes in pixels of the network input.
+            encoder_output: the encoder's predictions, as one more layer without a group.
+            targets: the ground truth.
 
         Returns:
             ``loss_cls``, ``loss_box`` and ``loss_giou`` with the name of the group and the number of the layer behind
             them (the last layer has none), and with ``_enc`` for the encoder's proposals.
         """
-        targets = Targets(instances, pyramid.image_sizes_xyxy)
         matched = [output for output in outputs if output.group.labels is None]
-        matched.append(self.encoder_output(proposals))
+        matched.append(encoder_output)
         costs = []
         for output in matched:
             labels = self.target_labels(output, targets)
@@ -104,13 +87,10 @@ class SetCriterion(nn.Module):
                 losses.update(self.losses(output, labels, boxes, targets.image_sizes_xyxy))
         return losses
 
-    def encoder_output(self, proposals: EncoderProposals) -> DecoderOutput:
-        """The proposals as one more layer of predictions: every token counts, with objectness in channel 0."""
-        return DecoderOutput(proposals.logits[None], proposals.box_logits.sigmoid()[None], proposals.embeddings[None])
-
     def target_labels(self, output: DecoderOutput, targets: Targets) -> Tensor:
-        """Labels that a set of predictions is trained with; the encoder's only tell objects from background."""
-        return targets.labels if output.group is not None else torch.zeros_like(targets.labels)
+        """[B, G] labels that a set of predictions is trained with."""
+        is_encoder = output.group is None
+        return torch.zeros_like(targets.labels) if is_encoder and self.encoder_objectness else targets.labels
 
     def assign(
         self, output: DecoderOutput, match: Tensor, target_labels: Tensor, target_boxes: Tensor
@@ -140,17 +120,24 @@ class SetCriterion(nn.Module):
         positive = labels != self.num_classes
         num_positives = reduce_mean(positive.sum((1, 2)).float()).clamp(min=1)  # [layers]
 
-        counted = torch.ones_like(positive) if group is None or group.padding_mask is None else ~group.padding_mask
-        loss_cls = (self.classification_loss(output, labels) * counted.unsqueeze(-1)).sum((1, 2, 3))
-
         # Boxes without a target stand in for their own target: no loss, no gradient, and nothing undefined.
         target_boxes = torch.where(positive.unsqueeze(-1), target_boxes, output.boxes.detach())
         loss_box = F.l1_loss(output.boxes, target_boxes, reduction="none").sum((1, 2, 3))
         scale = image_sizes_xyxy[:, None, :]
-        giou = paired_giou(
-            box_convert(output.boxes, "cxcywh", "xyxy") * scale, box_convert(target_boxes, "cxcywh", "xyxy") * scale
-        )
+        boxes_xyxy = box_convert(output.boxes, "cxcywh", "xyxy")
+        target_boxes_xyxy = box_convert(target_boxes, "cxcywh", "xyxy")
+        giou = paired_giou(boxes_xyxy * scale, target_boxes_xyxy * scale)
         loss_giou = ((1 - giou) * positive).sum((1, 2))
+
+        one_hot = F.one_hot(labels, self.num_classes + 1)[..., :-1].to(output.logits.dtype)
+        if self.quality_focal:
+            quality = paired_iou(boxes_xyxy.detach(), target_boxes_xyxy)
+            loss_cls = quality_focal_loss(output.logits, one_hot * quality.unsqueeze(-1))
+        else:
+            loss_cls = sigmoid_focal_loss(output.logits, one_hot, alpha=0.25, gamma=2.0, reduction="none")
+        if group is not None and group.padding_mask is not None:
+            loss_cls = loss_cls.masked_fill(group.padding_mask.unsqueeze(-1), 0)
+        loss_cls = loss_cls.sum((1, 2, 3))
 
         suffix = group.name if group is not None else "_enc"
         losses = {}
@@ -163,8 +150,3 @@ class SetCriterion(nn.Module):
                 number = "" if layer == len(values) - 1 else f"_{layer}"
                 losses[f"{kind}{suffix}{number}"] = value
         return losses
-
-    def classification_loss(self, output: DecoderOutput, labels: Tensor) -> Tensor:
-        """Focal loss of every logit against the one-hot label: [layers, B, Q, K]."""
-        one_hot = F.one_hot(labels, self.num_classes + 1)[..., :-1].to(output.logits.dtype)
-        return sigmoid_focal_loss(output.logits, one_hot, alpha=0.25, gamma=2.0, reduction="none")

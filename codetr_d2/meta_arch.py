@@ -1,6 +1,7 @@
 """Co-DETR: a DETR trained together with auxiliary heads that assign one to many (paper, section 3)."""
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,8 @@ class CoDETR(nn.Module):
     Args:
         backbone: a detectron2 backbone.
         in_features: names of the backbone features, from fine to coarse.
-        neck: backbone features -> levels.
+        neck: backbone features -> levels, or None where these are the levels.
+        strides: stride of each level in pixels.
         query_head: encoder, decoder and the losses of the queries.
         auxiliary_heads: by name, in the order of the query head's positive queries.
         auxiliary_weight: weight of the auxiliary heads' losses (lambda_2 times the decoder layers, eq. 6).
@@ -41,6 +43,9 @@ class CoDETR(nn.Module):
         mask_head: predicts masks of the detections, from the encoder's output; or None.
         roi_masks: whether the auxiliary head named "roi" does so.
         pixel_mean, pixel_std: for the normalisation of the images.
+        canvas_size: side of the square, in pixels, that every image is put on at the top left and whose padding counts
+            as a part of the image; 0 to pad images to the largest of their batch instead, and mask the padding.
+        canvas_value: value of the canvas's pixels before their normalisation.
     """
 
     @configurable
@@ -49,7 +54,8 @@ class CoDETR(nn.Module):
         *,
         backbone: Backbone,
         in_features: list[str],
-        neck: ChannelMapper,
+        neck: ChannelMapper | None,
+        strides: list[int],
         query_head: nn.Module,
         auxiliary_heads: dict[str, nn.Module],
         auxiliary_weight: float,
@@ -58,11 +64,16 @@ class CoDETR(nn.Module):
         roi_masks: bool,
         pixel_mean: list[float],
         pixel_std: list[float],
+        canvas_size: int = 0,
+        canvas_value: float = 114.0,
     ):
         super().__init__()
         self.backbone = backbone
         self.in_features = in_features
         self.neck = neck
+        self.strides = strides
+        self.canvas_size = canvas_size
+        self.canvas_value = canvas_value
         self.query_head = query_head
         self.auxiliary_heads = nn.ModuleDict(auxiliary_heads)
         if auxiliary_heads:
@@ -87,13 +98,21 @@ class CoDETR(nn.Module):
         ops.set_backend(cfg.MODEL.MS_DEFORM_ATTN)
         backbone = build_backbone(cfg)
         input_shapes = [backbone.output_shape()[name] for name in options.IN_FEATURES]
-        neck = ChannelMapper(input_shapes, options.EMBED_DIM, options.NUM_FEATURE_LEVELS)
-        strides = [*neck.strides, 2 * neck.strides[-1]]
-        level_shapes = [ShapeSpec(channels=options.EMBED_DIM, stride=stride) for stride in strides]
+        neck, strides = None, [shape.stride for shape in input_shapes]
+        if options.NECK:
+            neck = ChannelMapper(input_shapes, options.EMBED_DIM, options.NUM_FEATURE_LEVELS)
+            strides = neck.strides
+        elif [shape.channels for shape in input_shapes] != [options.EMBED_DIM] * options.NUM_FEATURE_LEVELS:
+            raise InputError(
+                f"MODEL.CODETR.NECK is empty, but {options.IN_FEATURES} are not {options.NUM_FEATURE_LEVELS} features "
+                f"of {options.EMBED_DIM} channels (MODEL.CODETR.NUM_FEATURE_LEVELS, EMBED_DIM); set it to ChannelMapper"
+            )
+        level_shapes = [ShapeSpec(channels=options.EMBED_DIM, stride=stride) for stride in [*strides, 2 * strides[-1]]]
         return {
             "backbone": backbone,
             "in_features": options.IN_FEATURES,
             "neck": neck,
+            "strides": strides,
             "query_head": QUERY_HEAD_REGISTRY.get(options.QUERY_HEAD)(cfg),
             "auxiliary_heads": {
                 name: build_auxiliary_head(kind, cfg, level_shapes)
@@ -105,6 +124,8 @@ class CoDETR(nn.Module):
             "roi_masks": mask_kind == "roi",
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "canvas_size": options.CANVAS_SIZE,
+            "canvas_value": options.CANVAS_VALUE,
         }
 
     @property
@@ -121,11 +142,7 @@ class CoDETR(nn.Module):
             Training: the losses by name. Inference: for each image ``{"instances": Instances}`` with ``pred_boxes``,
             ``scores`` and ``pred_classes``, and where the model has masks ``pred_masks`` ([N, height, width] bool).
         """
-        images = self.preprocess(batched_inputs)
-        features = self.backbone(images.tensor)
-        levels = self.neck([features[name] for name in self.in_features])
-        pyramid = build_pyramid(levels, self.neck.strides, images)
-        memory = self.query_head.encode(pyramid)
+        memory = self.query_head.encode(self.extract_features(self.preprocess(batched_inputs)))
         if not self.training:
             return self.inference(memory, batched_inputs)
 
@@ -146,6 +163,16 @@ class CoDETR(nn.Module):
             losses.update(self.mask_head.losses(memory, detections, instances))
         return losses
 
+    def extract_features(self, images: ImageList) -> FeaturePyramid:
+        """The levels that the encoder reads."""
+        features = self.backbone(images.tensor)
+        levels = [features[name] for name in self.in_features]
+        if self.neck is not None:
+            levels = self.neck(levels)
+        if self.canvas_size > 0:
+            images = ImageList(images.tensor, [(self.canvas_size, self.canvas_size)] * len(images))
+        return build_pyramid(levels, self.strides, images, self.backbone.size_divisibility)
+
     def inference(self, memory: FeaturePyramid, batched_inputs: list[dict]) -> list[dict]:
         """Detections of the head chosen by ``eval_head``, in the pixels that each input asks for."""
         if self.eval_head == "detr":
@@ -159,10 +186,23 @@ class CoDETR(nn.Module):
         return [{"instances": rescale(result, x)} for result, x in zip(results, batched_inputs)]
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise the images and pad them at the right and the bottom to one size."""
-        images = [
-            (x["image"].to(self.device, torch.float32) - self.pixel_mean) / self.pixel_std for x in batched_inputs
-        ]
+        """Normalise the images and pad them at the right and the bottom to one size.
+
+        Raises:
+            InputError: an image is larger than the canvas.
+        """
+        images = [x["image"].to(self.device, torch.float32) for x in batched_inputs]
+        if self.canvas_size > 0:
+            for image, x in zip(images, batched_inputs):
+                if max(image.shape[-2:]) > self.canvas_size:
+                    raise InputError(
+                        f"{x.get('file_name', 'an image')} is {image.shape[-1]} x {image.shape[-2]} pixels, larger "
+                        f"than MODEL.CODETR.CANVAS_SIZE ({self.canvas_size}); set INPUT.MAX_SIZE_TEST to that"
+                    )
+            square = {"square_size": self.canvas_size}
+            canvas = ImageList.from_tensors(images, pad_value=self.canvas_value, padding_constraints=square)
+            return ImageList((canvas.tensor - self.pixel_mean) / self.pixel_std, canvas.image_sizes)
+        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
         return ImageList.from_tensors(
             images, self.backbone.size_divisibility, padding_constraints=self.backbone.padding_constraints
         )
@@ -191,8 +231,11 @@ def auxiliary_head_names(kinds: list[str]) -> list[str]:
     ]
 
 
-def build_pyramid(levels: list[Tensor], strides: list[int], images: ImageList) -> FeaturePyramid:
+def build_pyramid(
+    levels: list[Tensor], strides: list[int], images: ImageList, size_divisibility: int = 0
+) -> FeaturePyramid:
     """Flatten feature maps [B, C, h, w], from fine to coarse, and work out what in them is padding."""
+    unit = max(size_divisibility, 1)
     height, width = images.tensor.shape[-2:]
     mask = torch.ones((len(images), height, width), dtype=torch.bool, device=images.device)
     for i, (h, w) in enumerate(images.image_sizes):
@@ -204,6 +247,7 @@ def build_pyramid(levels: list[Tensor], strides: list[int], images: ImageList) -
         shapes=[tuple(x.shape[-2:]) for x in levels],
         strides=list(strides),
         image_sizes=[tuple(size) for size in images.image_sizes],
+        padded_sizes=[(math.ceil(h / unit) * unit, math.ceil(w / unit) * unit) for h, w in images.image_sizes],
         valid_ratios=torch.stack([valid_ratio(m) for m in masks], dim=1),
     )
 
@@ -220,5 +264,6 @@ def valid_ratio(mask: Tensor) -> Tensor:
 
 def rescale(result: Instances, model_input: dict) -> Instances:
     """Detections in pixels of the network input -> in the pixels of the original image, where these are given."""
-    height, width = result.image_size
+    height, width = model_input["image"].shape[-2:]  # without padding, which a canvas counts in
+    result = Instances((height, width), **result.get_fields())
     return detector_postprocess(result, model_input.get("height", height), model_input.get("width", width))

@@ -6,9 +6,11 @@ Shapes use B images, L feature levels, S tokens (all cells of all levels), C cha
 from dataclasses import dataclass, field
 
 import torch
+from detectron2.structures import Instances
 from torch import Tensor
+from torchvision.ops import box_convert
 
-__all__ = ["DecoderOutput", "EncoderProposals", "FeaturePyramid", "PositiveSamples", "QueryGroup"]
+__all__ = ["DecoderOutput", "EncoderProposals", "FeaturePyramid", "PositiveSamples", "QueryGroup", "Targets"]
 
 
 @dataclass
@@ -23,6 +25,7 @@ class FeaturePyramid:
         shapes: (height, width) of each level.
         strides: pixels of the network input that a cell of each level spans.
         image_sizes: (height, width) of each image inside the padded batch, in pixels: what "valid" means.
+        padded_sizes: the same with each image padded as if it were alone in its batch: where anchors may lie.
         valid_ratios: [B, L, 2] share of each level that is not padding, as (x, y).
     """
 
@@ -31,6 +34,7 @@ class FeaturePyramid:
     shapes: list[tuple[int, int]]
     strides: list[int]
     image_sizes: list[tuple[int, int]]
+    padded_sizes: list[tuple[int, int]]
     valid_ratios: Tensor
 
     @property
@@ -66,6 +70,32 @@ class FeaturePyramid:
         """The levels as maps, each [B, C, height, width]."""
         levels = self.tokens.split([h * w for h, w in self.shapes], dim=1)
         return [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(levels, self.shapes)]
+
+
+class Targets:
+    """The ground truth of a batch, padded to one size.
+
+    Args:
+        instances: for each image its ``gt_boxes`` (xyxy pixels) and ``gt_classes``.
+        image_sizes_xyxy: [B, 4] (w, h, w, h) of the images in pixels.
+
+    Attributes:
+        num_targets: number of objects of each image.
+        labels: [B, G] int64, padded with 0.
+        boxes: [B, G, 4] cxcywh normalised, padded with 0.
+        image_sizes_xyxy: as given.
+    """
+
+    def __init__(self, instances: list[Instances], image_sizes_xyxy: Tensor):
+        self.num_targets = [len(x) for x in instances]
+        self.image_sizes_xyxy = image_sizes_xyxy
+        size = max(self.num_targets)
+        labels = image_sizes_xyxy.new_zeros((len(instances), size), dtype=torch.int64)
+        boxes = image_sizes_xyxy.new_zeros((len(instances), size, 4))
+        for i, x in enumerate(instances):
+            labels[i, : len(x)] = x.gt_classes
+            boxes[i, : len(x)] = box_convert(x.gt_boxes.tensor / image_sizes_xyxy[i], "xyxy", "cxcywh")
+        self.labels, self.boxes = labels, boxes
 
 
 @dataclass
@@ -107,14 +137,16 @@ class PositiveSamples:
 
 @dataclass
 class QueryGroup:
-    """Decoder queries of one origin. Groups go through the decoder together but do not see each other.
+    """Decoder queries of one origin. Groups go through the decoder together; each attends to itself.
 
     Attributes:
-        name: suffix of its losses: "" for the matching queries, "_aux_roi", "_aux_atss", ...
+        name: suffix of its losses: "" for the matching queries, "_dn", "_aux_roi", "_aux_atss", ...
         content: [B, Q, C] content embeddings.
         reference_boxes: [B, Q, 4] initial boxes, cxcywh normalised by the image size. They carry no gradient.
         position: [B, Q, C] position embeddings, or None where the decoder computes them from the reference boxes.
         padding_mask: [B, Q] bool, True at slots that hold no query (they are attended by no query and have no loss).
+        attention_mask: [Q, Q] bool, True where the query of the row may attend to that of the column; None: anywhere.
+        sees_previous: its queries also attend to those of the group before it, which do not attend to them.
         labels: [B, Q] int64 fixed class targets (``num_classes`` for background), or None: matched one to one.
         target_boxes: [B, Q, 4] fixed box targets, cxcywh normalised, or None.
     """
@@ -124,6 +156,8 @@ class QueryGroup:
     reference_boxes: Tensor
     position: Tensor | None = None
     padding_mask: Tensor | None = None
+    attention_mask: Tensor | None = None
+    sees_previous: bool = False
     labels: Tensor | None = None
     target_boxes: Tensor | None = None
 
@@ -140,10 +174,13 @@ class DecoderOutput:
         logits: [layers, B, Q, K] class logits.
         boxes: [layers, B, Q, 4] boxes, cxcywh normalised by the image size.
         states: [layers, B, Q, C] decoder states that the logits and boxes come from.
-        group: the queries, with their targets where these are fixed.
+        references: [layers + 1, B, Q, 4] the boxes that steer the attention of each layer, and that a next one would
+            start from; cxcywh normalised. None for the encoder's predictions.
+        group: the queries, with their targets where these are fixed. None for the encoder's predictions.
     """
 
     logits: Tensor
     boxes: Tensor
     states: Tensor
+    references: Tensor | None = None
     group: QueryGroup | None = field(default=None, repr=False)

@@ -1,31 +1,63 @@
 """Checkpoints: written whole or not at all, read without running anything that a file might hold."""
 
 import os
-import pickle
 import re
-import zipfile
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import Tensor, nn
 
 from ..errors import InputError
-from . import published
+from .bare_backbone import adapt_backbone
+from .classes import adapt_classifiers, dataset_classes, match_classes, number_of_classes
+from .published import describe, is_published, published_to_codetr
+from .safe_load import load_numpy_pickle, load_torch, weights_entry
 
-__all__ = ["CoDETRCheckpointer", "atomic_write", "load_numpy_pickle"]
+__all__ = ["CoDETRCheckpointer", "atomic_write"]
 
 # Which option a tensor of another shape points at; the first that fits counts.
 _OPTION_OF_SHAPE = (
-    (r"cls|class", "MODEL.CODETR.NUM_CLASSES"),
-    (r"level_embed", "MODEL.CODETR.NUM_FEATURE_LEVELS"),
-    (r"query|queries", "MODEL.CODETR.NUM_QUERIES"),
+    (r"relative_position_(bias_table|index)", "MODEL.SWIN.WINDOW_SIZE and NUM_HEADS"),
+    (r"^backbone\.net\.pos_embed", "MODEL.EVA02.PRETRAIN_IMAGE_SIZE and EMBED_DIM"),
+    (r"^backbone\.net\.patch_embed", "MODEL.EVA02.PATCH_SIZE and EMBED_DIM"),
+    (r"^backbone\.net\.", "MODEL.EVA02.EMBED_DIM and NUM_HEADS"),
+    (r"^backbone\.p\d", "MODEL.FPN.OUT_CHANNELS and MODEL.EVA02.EMBED_DIM"),
+    (r"^backbone\.(layers|patch_embed|norm\d)", "MODEL.SWIN.EMBED_DIM and NUM_HEADS"),
     (r"^backbone\.", "MODEL.BACKBONE"),
+    (r"bbox_pred", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"),
+    (r"mask_head\.predictor", "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK"),
+    (r"roi_heads\.mask_head", "MODEL.ROI_MASK_HEAD.CONV_DIM"),
+    (r"roi_heads\.box_head", "MODEL.ROI_BOX_HEAD (NUM_CONV, CONV_DIM, NUM_FC, FC_DIM, POOLER_RESOLUTION)"),
+    (r"rpn_head\.(objectness_logits|anchor_deltas)", "MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS"),
+    (r"cls|class|label_embed|instance_logits|fc_mask_iou", "MODEL.CODETR.NUM_CLASSES"),
+    (r"level_embed", "MODEL.CODETR.NUM_FEATURE_LEVELS"),
+    (r"query_content", "MODEL.CODETR.NUM_QUERIES"),
     (r"sampling_offsets|attention_weights", "MODEL.CODETR.NUM_FEATURE_LEVELS and the NUM_HEADS and NUM_POINTS"),
     (r"ffn|linear", "MODEL.CODETR.ENCODER.FFN_DIM and DECODER.FFN_DIM"),
     (r"", "MODEL.CODETR.EMBED_DIM"),
+)
+# Which option decides whether a model has a tensor; the first that fits counts.
+_OPTION_OF_NAME = (
+    (r"^backbone\.", "MODEL.BACKBONE.NAME and its depth"),
+    (r"^neck\.", "MODEL.CODETR.IN_FEATURES and NUM_FEATURE_LEVELS"),
+    (r"encoder\.layers", "MODEL.CODETR.ENCODER.NUM_LAYERS"),
+    (r"decoder\.(layers|class_embed|box_embed)", "MODEL.CODETR.DECODER.NUM_LAYERS"),
+    (r"roi_heads\.box_head", "MODEL.ROI_BOX_HEAD.NUM_CONV and NUM_FC"),
+    (r"\.atss", "MODEL.ATSS.NUM_CONVS"),
+    (r"", "MODEL.CODETR.QUERY_HEAD"),
+)
+# Parts that a model may have and its weights may lack, or the other way round, with what decides about them.
+_OPTIONAL_PARTS = (
+    (r"auxiliary_heads\.\w+\.roi_heads\.mask_head\.", "a mask branch; MODEL.MASK_ON is False"),
+    (r"auxiliary_heads\.\w+\.", "an auxiliary head that MODEL.CODETR.AUX_HEADS does not list"),
+    (r"auxiliary_level\.", "for auxiliary heads; MODEL.CODETR.AUX_HEADS is empty"),
+    (r"query_head\.positive_queries\.\d+\.", "queries of an auxiliary head that MODEL.CODETR.AUX_HEADS does not list"),
+    (r"query_head\.denoising\.", "for denoising; MODEL.CODETR.DENOISING.NUM_QUERIES is 0"),
+    (r"mask_head\.", "instance masks; MODEL.MASK_ON is False or MODEL.CODETR.MASK_HEAD another"),
+    (r"backbone\.norm\d\.", "the norm of a feature that MODEL.CODETR.IN_FEATURES does not list"),
 )
 
 
@@ -55,60 +87,41 @@ def atomic_write(path: str, write: Callable[[IO[bytes]], Any]) -> None:
         os.close(descriptor)
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"encoding {encoding}")
-    return text.encode("latin1")
-
-
-class _NumpyUnpickler(pickle.Unpickler):
-    """Reads numpy arrays in plain containers and refuses anything else."""
-
-    def find_class(self, module: str, name: str):
-        module = module.replace("numpy._core", "numpy.core")
-        if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar")}:
-            # What numpy's own pickles name, under the module path of the numpy that runs here.
-            function = np.array(0).__reduce__()[0] if name == "_reconstruct" else np.float64(0).__reduce__()[0]
-            return function
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in pickles of protocol 2
-            return _encode_latin1
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def load_numpy_pickle(path: str) -> dict:
-    """Read a ``.pkl`` file of detectron2's model zoo: numpy arrays in dicts, lists and tuples.
-
-    Raises:
-        InputError: the file is truncated, is no pickle, or holds anything else, which is not executed.
-    """
-    try:
-        with open(path, "rb") as file:
-            data = _NumpyUnpickler(file, encoding="latin1").load()
-    except Exception as error:  # unpickling damaged data may raise nearly any error
-        raise InputError(
-            f"{path}: not a readable pickle of numpy arrays ({_one_line(error)}); download it again, "
-            "or save the weights as a .pth file with torch.save(state_dict)"
-        ) from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: holds a {type(data).__name__} instead of a dict of weights")
-    return data
-
-
 class CoDETRCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpointer with atomic writes, safe reads and clear errors.
+    """detectron2's checkpointer with atomic writes, safe reads, names of other codes, and clear errors.
 
     Reads checkpoints of this project and of detectron2, the published Co-DETR weights, and files that hold a backbone
-    only (with its names as they are in the model, or as in the backbone alone). Where a training checkpoint holds a
-    moving average ("ema") and only weights are asked for, the averaged ones are loaded: they are the ones to use.
+    only (see :func:`adapt_backbone`). Where a training checkpoint holds a moving average ("ema") and only weights are
+    asked for, the averaged ones are loaded: they are the ones to use. Auxiliary heads are found by their names, so that
+    a model may have fewer than its weights, or others.
+
+    Args:
+        model, save_dir, checkpointables: see the base class.
+        fine_tune: the weights are what a training starts from, so their classes may be others: classifiers then start
+            anew, but for those that ``reuse_classes`` finds. Otherwise another number of classes is an error.
+        class_names: of the model.
+        reuse_classes: the dataset that the weights were trained on, to take over the classifiers of classes that have
+            the same name; "" for none.
 
     Raises:
         InputError: from ``load`` and ``resume_or_load``, for a file that is missing, truncated, unsafe, or of another
             model.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        fine_tune: bool = False,
+        class_names: Sequence[str] = (),
+        reuse_classes: str = "",
+        **checkpointables: Any,
+    ):
+        super().__init__(model, save_dir, **checkpointables)
+        self._fine_tune = fine_tune
+        self._class_names = list(class_names)
+        self._reuse_classes = reuse_classes
 
     def save(self, name: str, **kwargs) -> None:
         """Write ``name.pth`` atomically and make it the checkpoint to resume from.
@@ -131,7 +144,7 @@ class CoDETRCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         wanted = self.checkpointables if checkpointables is None else checkpointables
-        self._use_average = not wanted  # a resumed run without an average goes on with the weights themselves
+        self._weights_only = not wanted  # otherwise a run is resumed
         self._path = path
         file = path.split("?")[0]
         if file and "://" not in file and not os.path.isfile(file):
@@ -149,48 +162,39 @@ class CoDETRCheckpointer(DetectionCheckpointer):
         return super()._load_file(filename)
 
     def _torch_load(self, filename: str) -> dict:
-        try:
-            data = torch.load(filename, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged data may raise nearly any error
-            # torch refuses objects of an intact archive with UnpicklingError; legacy files are no archives.
-            if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).replace(" ", "_").lower():
-                refused = re.findall(r"GLOBAL (\S+)", str(error)) or ["an unknown kind"]
-                if zipfile.is_zipfile(filename) or refused != ["an unknown kind"]:
-                    raise InputError(
-                        f"{filename}: holds Python objects beside tensors ({refused[0]}), which are not loaded because "
-                        "that could run code; where the file was made, save the state dict alone"
-                    ) from None
-            raise InputError(
-                f"{filename}: truncated, damaged, or not a PyTorch checkpoint ({_one_line(error)}); copy or download "
-                "it again, or resume from an older one by writing its name into the file last_checkpoint"
-            ) from None
-        if not isinstance(data, dict):
-            raise InputError(f"{filename}: holds a {type(data).__name__} instead of a dict of weights")
-        if "model" not in data and isinstance(data.get("state_dict"), dict):
-            data["model"] = data.pop("state_dict")
+        data, dropped = load_torch(filename)
+        if dropped:
+            self.logger.info("Not read, because it is no tensor and no plain value: %s", _brief(dropped))
+        entry = weights_entry(data)
+        if entry and entry != "model":
+            data["model"] = data.pop(entry)
         return data
 
     def _load_model(self, checkpoint: dict):
         weights = checkpoint["model"]
         if not isinstance(weights, dict) or not weights or not all(hasattr(v, "shape") for v in weights.values()):
             raise InputError(f"{self._path}: holds no dict of named tensors, so it is no checkpoint of a model")
-        if self._use_average and "ema" in checkpoint:
-            weights.update(checkpoint.pop("ema"))
-        if published.is_published(weights):
-            weights, unused = published.published_to_codetr(weights)
-            if unused:
-                self.logger.info(
-                    "%d tensors of the published model are not used: %s", len(unused), _brief(list(unused))
-                )
-        own = set(self.model.state_dict())
-        prefix = _backbone_prefix(weights, own)
-        if prefix:
-            weights = {prefix + key: value for key, value in weights.items()}
-        checkpoint["model"] = weights
+        # A resumed run without an average goes on with the weights themselves.
+        average = checkpoint.pop("ema", {}) if self._weights_only else {}
+        weights = {name.removeprefix("module."): value for name, value in {**weights, **average}.items()}
+        self._convert_ndarray_to_tensor(weights)
         names = list(weights)
+        own = self.model.state_dict()
         takes_what_fits = checkpoint.get("matching_heuristics", False)
 
+        beside = checkpoint.keys() - {"model", "matching_heuristics"}
+        if is_published(weights) and beside:
+            self.logger.info("Not used: entries beside the weights: %s", ", ".join(sorted(beside)))
+        weights = self._in_our_names(weights, own)
+        anew = set()
+        if not takes_what_fits:
+            _check_family(self._path, weights, own)
+            weights, anew = self._adapt_classes(weights, own)
+        checkpoint["model"] = weights
+        is_detector = any(name.startswith("query_head.") for name in weights)
+
         incompatible = super()._load_model(checkpoint)
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in anew]
         if incompatible.incorrect_shapes and not takes_what_fits:
             self._raise_incorrect_shapes(incompatible.incorrect_shapes)
         if not self._loaded(incompatible):
@@ -198,7 +202,91 @@ class CoDETRCheckpointer(DetectionCheckpointer):
                 f"{self._path}: no tensor of it belongs to this model: it has {_brief(names)}; the model has "
                 f"{_brief(sorted(own))}"
             )
+        if is_detector and not takes_what_fits:
+            self._check_parts(incompatible, set(weights) | anew, set(own))
         return incompatible
+
+    def _in_our_names(self, weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Translate names of other codes, and log what has no place in the model."""
+        unused = {}
+        if is_published(weights):
+            weights, unused = published_to_codetr(weights)
+        elif not own.keys() & weights.keys():
+            weights, unused = adapt_backbone(weights, own)
+        for line in describe(unused):
+            self.logger.info("Not used: %s", line)
+        return _positive_queries_by_name(weights, list(getattr(self.model, "auxiliary_heads", {})))
+
+    def _adapt_classes(self, weights: dict[str, Tensor], own: dict) -> tuple[dict[str, Tensor], set[str]]:
+        """Deal with classes other than the model's; the second value names the tensors that start anew."""
+        in_file, in_model = number_of_classes(weights), number_of_classes(own)
+        if in_file is None or in_model is None:
+            return weights, set()
+        starts_training = self._fine_tune and self._weights_only
+        if not starts_training and in_file != in_model:
+            raise InputError(
+                f"{self._path}: has {in_file} classes, but MODEL.CODETR.NUM_CLASSES is {in_model}; "
+                f"set it to {in_file}, or train on the other classes with this file as MODEL.WEIGHTS"
+            )
+        if not starts_training or (in_file == in_model and not self._reuse_classes):
+            return weights, set()
+        if not self._reuse_classes:
+            self.logger.warning(
+                "%s has %d classes and the model %d: the classifiers start anew (MODEL.CODETR.REUSE_CLASSES takes over "
+                "those of classes with the same name)",
+                self._path,
+                in_file,
+                in_model,
+            )
+            return adapt_classifiers(weights, own, None)
+        given = dataset_classes(self._reuse_classes)
+        if len(given) != in_file or len(self._class_names) != in_model:
+            what, names, number = (
+                (f"the dataset {self._reuse_classes}", given, f"{self._path} has {in_file} classes")
+                if len(given) != in_file
+                else ("MODEL.CODETR.CLASS_NAMES", self._class_names, f"MODEL.CODETR.NUM_CLASSES is {in_model}")
+            )
+            raise InputError(
+                f"MODEL.CODETR.REUSE_CLASSES: {what} names {len(names)} classes, but {number}; name the dataset that "
+                "the weights were trained on, or set it to '' to start the classifiers anew"
+            )
+        matches = match_classes(self._class_names, given)
+        self.logger.warning(
+            "Took over the classifiers of %d of %d classes by their names in %s; the others start anew",
+            len(matches),
+            in_model,
+            self._reuse_classes,
+        )
+        return adapt_classifiers(weights, own, matches)
+
+    def _check_parts(self, incompatible, in_file: set[str], in_model: set[str]) -> None:
+        """Refuse a detector that differs from the model in more than a part that one of them may lack.
+
+        What only the file has is logged with the reason, and leaves the list of unexpected names.
+        """
+        differing = [*incompatible.missing_keys, *incompatible.unexpected_keys]
+        own_part, others = {}, {}
+        for name in differing:
+            pattern, reason = next(((p, r) for p, r in _OPTIONAL_PARTS if re.match(p, name)), (None, ""))
+            other_side = in_file if name in in_model else in_model
+            part = pattern and re.match(pattern, name)[0]
+            if part and not any(x.startswith(part) for x in other_side):
+                own_part[name] = reason
+            elif name.split(".")[0] in ("backbone", "neck", "query_head", "auxiliary_heads", "mask_head"):
+                others[name] = next(option for pattern, option in _OPTION_OF_NAME if re.search(pattern, name))
+        if others:
+            lacking = [name for name in others if name in in_model]
+            surplus = [name for name in others if name not in in_model]
+            sides = [f"lacks {_brief(lacking)}"] * bool(lacking) + [f"has {_brief(surplus)}"] * bool(surplus)
+            raise InputError(
+                f"{self._path}: weights of another model, or with names of another version: compared with the model it "
+                f"{' and '.join(sides)}; choose the config that belongs to the file (look at "
+                f"{next(iter(others.values()))}), or load what fits with MODEL.WEIGHTS "
+                f"'{self._path.split('?')[0]}?matching_heuristics=True'"
+            )
+        for line in describe({name: reason for name, reason in own_part.items() if name not in in_model}):
+            self.logger.info("Not used: %s", line)
+        incompatible.unexpected_keys[:] = [name for name in incompatible.unexpected_keys if name not in own_part]
 
     def _loaded(self, incompatible) -> list[str]:
         """Names of the model's tensors that came from the file."""
@@ -233,23 +321,32 @@ class CoDETRCheckpointer(DetectionCheckpointer):
                 self.logger.warning("%d %s: %s", len(keys), what, _brief(keys))
 
 
-def _backbone_prefix(weights: dict, own: set[str]) -> str:
-    """The prefix that turns the names of a bare backbone into those of the model, "" where none is needed or fits."""
-    if any(key in own or key.removeprefix("module.") in own for key in weights):
-        return ""
-    prefixes = Counter()
-    for name in own:
-        if name.startswith("backbone."):
-            parts = name.split(".")
-            for i in range(1, len(parts)):
-                if ".".join(parts[i:]) in weights:
-                    prefixes[".".join(parts[:i]) + "."] += 1
-    return prefixes.most_common(1)[0][0] if prefixes else ""
-
-
 def _brief(names: list[str], shown: int = 4) -> str:
     return ", ".join(names[:shown]) + (f", ... ({len(names)} in all)" if len(names) > shown else "")
 
 
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _check_family(path: str, weights: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    for mark, head in (
+        ("query_head.decoder.norm.weight", "CoDINOHead"),
+        ("query_head.box_proj.weight", "CoDeformableDETRHead"),
+    ):
+        if mark in weights and mark not in own and any(name.startswith("query_head.") for name in own):
+            raise InputError(
+                f"{path}: weights of another kind of model; choose a config with MODEL.CODETR.QUERY_HEAD {head}"
+            )
+
+
+def _positive_queries_by_name(weights: dict[str, Tensor], heads: list[str]) -> dict[str, Tensor]:
+    """Renumber the positive queries, which stand in the order of the file's auxiliary heads, for the model's ``heads``.
+
+    Those of heads that the model lacks get numbers that it lacks.
+    """
+    in_file = list(dict.fromkeys(name.split(".")[1] for name in weights if name.startswith("auxiliary_heads.")))
+    order = [*heads, *(head for head in in_file if head not in heads)]
+    result = {}
+    for name, value in weights.items():
+        match = re.match(r"query_head\.positive_queries\.(\d+)\.", name)
+        if match and int(match[1]) < len(in_file):
+            name = f"query_head.positive_queries.{order.index(in_file[int(match[1])])}.{name[match.end() :]}"
+        result[name] = value
+    return result

@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import yaml
@@ -36,6 +36,9 @@ _FREE_TO_CHANGE = {
     "MODEL.CODETR.ACTIVATION_CHECKPOINTING",
     "MODEL.CODETR.CLASS_NAMES",
     "MODEL.CODETR.EVAL_HEAD",
+    "MODEL.EVA02.ACTIVATION_CHECKPOINTING",
+    "MODEL.SWIN.ACTIVATION_CHECKPOINTING",
+    "MODEL.CODETR.REUSE_CLASSES",
     "MODEL.TIMM.PRETRAINED",
 }
 
@@ -171,8 +174,8 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     if cfg.MODEL.META_ARCHITECTURE == "CoDETR":
         if "roi" in model.AUX_HEADS:
             one_of("MODEL.ROI_BOX_HEAD.NAME", [name for name, _ in ROI_BOX_HEAD_REGISTRY])  # "" by default
-        if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
-            one_of("MODEL.CODETR.IN_FEATURES", cfg.MODEL.RESNETS.OUT_FEATURES)
+        if features := _backbone_features(cfg):
+            one_of("MODEL.CODETR.IN_FEATURES", features)
         if not 0 < len(model.IN_FEATURES) <= model.NUM_FEATURE_LEVELS:
             raise InputError(
                 f"MODEL.CODETR.IN_FEATURES names {len(model.IN_FEATURES)} features; it must be at least one, and at "
@@ -195,6 +198,7 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
             positive(*(f"MODEL.CODETR.{part}.{x}" for x in ("NUM_LAYERS", "NUM_HEADS", "NUM_POINTS", "FFN_DIM")))
             what = f"MODEL.CODETR.{part}.NUM_HEADS"
             divisible("MODEL.CODETR.EMBED_DIM", model.EMBED_DIM, _get(cfg, what), what)
+    _check_backbone(cfg, positive, divisible)
     one_of("INPUT.FORMAT", ["RGB", "BGR", "L", "YUV-BT.601"])
     if cfg.DATALOADER.NUM_WORKERS < 0:
         raise InputError(f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}; it must be 0 (no workers) or more")
@@ -216,6 +220,13 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
 
     positive("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.ACCUMULATE_STEPS")
     positive("SOLVER.BASE_LR")
+    if not 0 < solver.LAYER_DECAY <= 1:
+        raise InputError(f"SOLVER.LAYER_DECAY is {solver.LAYER_DECAY}; it must be greater than 0 and at most 1")
+    if solver.LAYER_DECAY < 1 and cfg.MODEL.BACKBONE.NAME != "build_eva02_pyramid_backbone":
+        raise InputError(
+            f"SOLVER.LAYER_DECAY is {solver.LAYER_DECAY}, but MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} has no ViT "
+            "blocks; set 1.0, or take build_eva02_pyramid_backbone"
+        )
     share = num_processes * solver.ACCUMULATE_STEPS
     divisible(
         "SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, share, "the number of processes times SOLVER.ACCUMULATE_STEPS"
@@ -245,6 +256,64 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
             raise InputError(f"{key} is {steps}; it must rise from entry to entry")
     if solver.MAX_EPOCHS <= 0 and solver.MAX_ITER in solver.STEPS:
         raise InputError(f"SOLVER.STEPS is {solver.STEPS}; its entries must not be SOLVER.MAX_ITER ({solver.MAX_ITER})")
+
+
+def _backbone_features(cfg: CfgNode) -> list[str] | None:
+    """Names of the features that a backbone has, or None where only the built backbone knows."""
+    return {
+        "build_resnet_backbone": cfg.MODEL.RESNETS.OUT_FEATURES,
+        "build_swin_backbone": [f"p{i}" for i in range(len(cfg.MODEL.SWIN.DEPTHS))],
+        "build_eva02_pyramid_backbone": [f"p{i}" for i in range(2, 7)],
+    }.get(cfg.MODEL.BACKBONE.NAME)
+
+
+def _check_backbone(cfg: CfgNode, positive: Callable, divisible: Callable) -> None:
+    """Check the options of the backbone, by the checks of :func:`check_config`."""
+
+    def in_unit_interval(key: str) -> None:
+        if not 0 <= _get(cfg, key) < 1:
+            raise InputError(f"{key} is {_get(cfg, key)}; it must be at least 0 and less than 1")
+
+    name, swin, vit = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.SWIN, cfg.MODEL.EVA02
+    if name in ("build_swin_backbone", "build_swin_fpn_backbone"):
+        positive("MODEL.SWIN.EMBED_DIM", "MODEL.SWIN.WINDOW_SIZE")
+        in_unit_interval("MODEL.SWIN.DROP_PATH_RATE")
+        if len(swin.DEPTHS) != len(swin.NUM_HEADS):
+            raise InputError(
+                f"MODEL.SWIN.NUM_HEADS is {swin.NUM_HEADS}; it must have an entry for each of MODEL.SWIN.DEPTHS "
+                f"({swin.DEPTHS})"
+            )
+        for i, (depth, heads) in enumerate(zip(swin.DEPTHS, swin.NUM_HEADS)):
+            if depth < 1 or heads < 1:
+                raise InputError("MODEL.SWIN.DEPTHS and MODEL.SWIN.NUM_HEADS must have only entries greater than 0")
+            what = f"entry {i} of MODEL.SWIN.NUM_HEADS"
+            divisible(f"MODEL.SWIN.EMBED_DIM times {2**i}", swin.EMBED_DIM * 2**i, heads, what)
+    if name == "build_eva02_pyramid_backbone":
+        positive(*(f"MODEL.EVA02.{x}" for x in ("EMBED_DIM", "DEPTH", "NUM_HEADS", "WINDOW_SIZE")))
+        positive("MODEL.EVA02.PATCH_SIZE", "MODEL.EVA02.PRETRAIN_IMAGE_SIZE", "MODEL.FPN.OUT_CHANNELS")
+        in_unit_interval("MODEL.EVA02.DROP_PATH_RATE")
+        divisible("MODEL.EVA02.EMBED_DIM", vit.EMBED_DIM, 4 * vit.NUM_HEADS, "4 times MODEL.EVA02.NUM_HEADS")
+        divisible("MODEL.EVA02.PATCH_SIZE", vit.PATCH_SIZE, 4, "the refinement to p2")
+        divisible("MODEL.EVA02.PRETRAIN_IMAGE_SIZE", vit.PRETRAIN_IMAGE_SIZE, vit.PATCH_SIZE, "MODEL.EVA02.PATCH_SIZE")
+        divisible("MODEL.EVA02.IMAGE_SIZE", vit.IMAGE_SIZE, 2 * vit.PATCH_SIZE, "twice MODEL.EVA02.PATCH_SIZE")
+        outside = [i for i in vit.GLOBAL_BLOCKS if not 0 <= i < vit.DEPTH]
+        if outside:
+            raise InputError(
+                f"MODEL.EVA02.GLOBAL_BLOCKS has {outside[0]}, but blocks count from 0 to MODEL.EVA02.DEPTH - 1 "
+                f"({vit.DEPTH - 1})"
+            )
+        if cfg.MODEL.META_ARCHITECTURE == "CoDETR":
+            canvas, dim, channels = cfg.MODEL.CODETR.CANVAS_SIZE, cfg.MODEL.CODETR.EMBED_DIM, cfg.MODEL.FPN.OUT_CHANNELS
+            if vit.IMAGE_SIZE not in (0, canvas):
+                raise InputError(
+                    f"MODEL.EVA02.IMAGE_SIZE is {vit.IMAGE_SIZE}; it must be 0, or MODEL.CODETR.CANVAS_SIZE "
+                    f"({canvas}): the side of the square that images lie on"
+                )
+            if not cfg.MODEL.CODETR.NECK and channels != dim:
+                raise InputError(
+                    f"MODEL.FPN.OUT_CHANNELS is {channels}; without MODEL.CODETR.NECK it must be "
+                    f"MODEL.CODETR.EMBED_DIM ({dim})"
+                )
 
 
 def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:

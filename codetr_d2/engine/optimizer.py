@@ -5,12 +5,16 @@ import math
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
+from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
 from torch import Tensor, nn
 
 __all__ = ["build_optimizer", "clip_full_model", "schedule_in_iterations"]
 
 logger = logging.getLogger(__name__)
+
+# Parameters of more than one dimension that layer decay exempts from weight decay, by the ends of their names.
+_POSITION_TABLES = ("pos_embed", "relative_position_bias_table")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -18,28 +22,45 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     The learning rate is ``SOLVER.BASE_LR`` times the factor of the first entry of ``SOLVER.LR_MULTIPLIERS`` that is
     part of the parameter's name; ``SOLVER.WEIGHT_DECAY`` is on every parameter, as published: neither norms nor biases
-    are exempt. detectron2's own kinds of ``SOLVER.CLIP_GRADIENTS`` (norm, value: of each parameter) are part of the
+    are exempt.
+
+    With ``SOLVER.LAYER_DECAY`` d < 1 the learning rate of ViT block i of n is also multiplied by d^(n - i), that of the
+    patch and position embeddings by d^(n + 1), so that layers which are closer to the image change less; and norms,
+    biases and position embeddings of the whole model have no weight decay.
+
+    detectron2's own kinds of ``SOLVER.CLIP_GRADIENTS`` (norm, value: of each parameter) are part of the
     optimizer's step; ``full_model`` is :func:`clip_full_model`, called by the trainer.
     """
     multipliers = [(part, float(factor)) for part, factor in cfg.SOLVER.LR_MULTIPLIERS]
 
-    def factor_of(name: str) -> float:
-        return next((factor for part, factor in multipliers if part in name), 1.0)
+    layer_decay = cfg.SOLVER.LAYER_DECAY
 
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    def rate_of(name: str) -> float:
+        rate = cfg.SOLVER.BASE_LR * next((factor for part, factor in multipliers if part in name), 1.0)
+        return rate * get_vit_lr_decay_rate(name, layer_decay, cfg.MODEL.EVA02.DEPTH) if layer_decay < 1 else rate
+
+    def decay_of(name: str, parameter: nn.Parameter) -> float:
+        exempt = layer_decay < 1 and (parameter.ndim <= 1 or name.endswith(_POSITION_TABLES))
+        return 0.0 if exempt else cfg.SOLVER.WEIGHT_DECAY
+
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for part, _ in multipliers:
-        if not any(part in name for name in names):
+        if not any(part in name for name in parameters):
             logger.warning("SOLVER.LR_MULTIPLIERS: %r is part of no parameter's name", part)
-    groups = get_default_optimizer_params(model, base_lr=cfg.SOLVER.BASE_LR, lr_factor_func=factor_of)
+    groups = reduce_param_groups(
+        [
+            {"params": [parameter], "lr": rate_of(name), "weight_decay": decay_of(name, parameter)}
+            for name, parameter in parameters.items()
+        ]
+    )
 
     adamw = torch.optim.AdamW
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE != "full_model":
         adamw = maybe_add_gradient_clipping(cfg, adamw)
-    options = {"lr": cfg.SOLVER.BASE_LR, "weight_decay": cfg.SOLVER.WEIGHT_DECAY}
     try:
-        return adamw(groups, fused=True, **options)
+        return adamw(groups, lr=cfg.SOLVER.BASE_LR, fused=True)
     except RuntimeError:  # this torch has no fused kernel for this device
-        return adamw(groups, foreach=True, **options)
+        return adamw(groups, lr=cfg.SOLVER.BASE_LR, foreach=True)
 
 
 def clip_full_model(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> Tensor:

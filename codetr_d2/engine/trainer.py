@@ -202,7 +202,13 @@ class CoDETRTrainer(DefaultTrainer):
         )
         checkpointables = {"ema": self.ema} if self.ema else {}
         self.checkpointer = CoDETRCheckpointer(
-            self.bare_model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **checkpointables
+            self.bare_model,
+            cfg.OUTPUT_DIR,
+            fine_tune=True,
+            class_names=cfg.MODEL.CODETR.CLASS_NAMES,
+            reuse_classes=cfg.MODEL.CODETR.REUSE_CLASSES,
+            trainer=weakref.proxy(self),
+            **checkpointables,
         )
         self.weights_checkpointer = _WeightsCheckpointer(self.bare_model, cfg.OUTPUT_DIR, self.ema)
         self.register_hooks(self.build_hooks())

@@ -4,7 +4,8 @@ from .anchors import RatioMajorAnchorGenerator
 from .atss import ATSSHead
 from .auxiliary import AUX_HEAD_REGISTRY, AuxiliaryHead, build_auxiliary_head
 from .co_deformable_detr import CoDeformableDETRHead
-from .query_head import QUERY_HEAD_REGISTRY
+from .co_dino import CoDINOHead
+from .query_head import QUERY_HEAD_REGISTRY, QueryHead
 from .refine_mask import RefineMaskHead
 from .roi import CoROIHeads, CoRPN, ROIHead
 
@@ -13,9 +14,11 @@ __all__ = [
     "QUERY_HEAD_REGISTRY",
     "ATSSHead",
     "AuxiliaryHead",
+    "CoDINOHead",
     "CoDeformableDETRHead",
     "CoROIHeads",
     "CoRPN",
+    "QueryHead",
     "ROIHead",
     "RatioMajorAnchorGenerator",
     "RefineMaskHead",

@@ -132,7 +132,7 @@ class ATSSHead(AuxiliaryHead):
         levels = self.anchor_generator(maps)
         anchors = Boxes.cat(levels).tensor  # [S, 4]
         valid, labels, target_boxes = [], [], []
-        for size, x in zip(pyramid.image_sizes, targets):
+        for size, x in zip(pyramid.padded_sizes, targets):
             valid_levels = valid_anchors(levels, self.strides, size)
             valid.append(torch.cat(valid_levels))
             counts = torch.stack([level.sum() for level in valid_levels]).tolist()

@@ -12,7 +12,10 @@ from detectron2.modeling import (
     build_roi_heads,
 )
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
+from detectron2.modeling.proposal_generator.proposal_utils import (
+    add_ground_truth_to_proposals,
+    find_top_rpn_proposals,
+)
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
@@ -29,20 +32,32 @@ __all__ = ["CoROIHeads", "CoRPN", "ROIHead"]
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class CoRPN(RPN):
-    """detectron2's region proposal network as Co-DETR was published with it. It differs in three rules:
+    """detectron2's region proposal network as Co-DETR was published with it. It differs in these rules:
 
     * a ground truth's best anchors belong to that ground truth, and only from the lower IoU threshold on
       (:class:`MaxIoUMatcher`);
     * anchors of cells in the padding of an image are neither positive nor negative;
     * losses are divided by the number of anchors that were really sampled (at least one positive and one negative in
-      each image), averaged over the processes, not by the size of the sample that was asked for.
+      each image), averaged over the processes, not by the size of the sample that was asked for;
+    * non-maximum suppression may have another threshold at inference than in training.
 
     Losses and proposals are computed in float32 under autocast too.
     """
 
+    @configurable
+    def __init__(self, *, nms_thresh: tuple[float, float] = (0.7, 0.7), **kwargs) -> None:
+        """
+        Args:
+            nms_thresh: IoU above which the lower of two proposals is suppressed, in training and at inference.
+            kwargs: those of ``RPN``.
+        """
+        super().__init__(**kwargs)
+        self.nms_thresh = {True: nms_thresh[0], False: nms_thresh[1]}
+
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         ret = super().from_config(cfg, input_shape)
+        ret["nms_thresh"] = (cfg.MODEL.RPN.NMS_THRESH, cfg.MODEL.RPN.NMS_THRESH_TEST)
         thresholds = cfg.MODEL.RPN.IOU_THRESHOLDS
         ret["anchor_matcher"] = MaxIoUMatcher(thresholds, cfg.MODEL.RPN.IOU_LABELS, min_pos_iou=thresholds[0])
         return ret
@@ -95,8 +110,17 @@ class CoRPN(RPN):
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
         """See the base class."""
-        logits = [x.detach().float() for x in pred_objectness_logits]
-        return super().predict_proposals(anchors, logits, pred_anchor_deltas, image_sizes)
+        with torch.no_grad():
+            return find_top_rpn_proposals(
+                self._decode_proposals(anchors, pred_anchor_deltas),
+                [x.float() for x in pred_objectness_logits],
+                image_sizes,
+                self.nms_thresh[self.training],
+                self.pre_nms_topk[self.training],
+                self.post_nms_topk[self.training],
+                self.min_box_size,
+                self.training,
+            )
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -237,9 +261,9 @@ class ROIHead(AuxiliaryHead):
     def forward(self, pyramid: FeaturePyramid, targets: list[Instances]) -> tuple[dict[str, Tensor], PositiveSamples]:
         """See the base class."""
         images, features = self._inputs(pyramid)
-        # What counts as an image's size is the pyramid's affair: without a padding mask it is the whole canvas.
-        targets = [Instances(size, **x.get_fields()) for size, x in zip(pyramid.image_sizes, targets)]
-        proposals, rpn_losses = self.proposal_generator(images, features, targets)
+        # Where anchors may lie is the pyramid's affair: cells that an image reaches with its own padding.
+        anchor_targets = [Instances(size, **x.get_fields()) for size, x in zip(pyramid.padded_sizes, targets)]
+        proposals, rpn_losses = self.proposal_generator(images, features, anchor_targets)
         proposals, roi_losses = self.roi_heads(images, features, proposals, targets)
         names = {"loss_rpn_loc": "loss_rpn_box", "loss_box_reg": "loss_box"}
         losses = {names.get(name, name): loss for name, loss in {**rpn_losses, **roi_losses}.items()}

@@ -1,16 +1,22 @@
 """Modules that know nothing of detection."""
 
-from .attention import BlockSelfAttention
-from .box_coordinates import inverse_sigmoid, paired_giou, pairwise_giou, sine_embedding
+from .attention import AttentionBlock, BlockSelfAttention
+from .box_coordinates import inverse_sigmoid, paired_giou, paired_iou, pairwise_giou, sine_embedding
 from .deformable_attention import MultiScaleDeformableAttention
+from .losses import quality_focal_loss
 from .position_encoding import SinePositionEncoding
+from .soft_nms import soft_nms
 
 __all__ = [
+    "AttentionBlock",
     "BlockSelfAttention",
     "MultiScaleDeformableAttention",
     "SinePositionEncoding",
     "inverse_sigmoid",
     "paired_giou",
+    "paired_iou",
     "pairwise_giou",
+    "quality_focal_loss",
     "sine_embedding",
+    "soft_nms",
 ]

@@ -1,17 +1,34 @@
-"""Plain self-attention over blocks of queries that do not see each other."""
+"""Plain self-attention over blocks of queries."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BlockSelfAttention"]
+__all__ = ["AttentionBlock", "BlockSelfAttention"]
+
+
+@dataclass
+class AttentionBlock:
+    """Consecutive queries of a sequence, and the consecutive keys that they attend to.
+
+    Attributes:
+        queries, keys: half-open ranges of the sequence.
+        mask: None, or a bool tensor that broadcasts to [B, heads, queries, keys], True where the query of the row may
+            attend to the key of the column.
+    """
+
+    queries: slice
+    keys: slice
+    mask: Tensor | None = None
 
 
 class BlockSelfAttention(nn.Module):
-    """Multi-head self-attention in which every block of the sequence attends to itself only.
+    """Multi-head self-attention in which every block of queries attends to its own range of keys.
 
-    The projections run once over the whole sequence. With one block it equals ``nn.MultiheadAttention`` with
-    query = key = x + position and value = x, and it has the same parameters.
+    The projections run once over the whole sequence. With one block over all of it, it equals ``nn.MultiheadAttention``
+    with query = key = x + position and value = x, and it has the same parameters.
 
     Args:
         embed_dim: channels of the sequence.
@@ -30,14 +47,12 @@ class BlockSelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, position: Tensor, block_sizes: list[int], masks: list[Tensor | None]) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor, blocks: list[AttentionBlock]) -> Tensor:
         """
         Args:
             x: [B, Q, C] content.
             position: [B, Q, C], added to queries and keys.
-            block_sizes: lengths of the blocks; they sum to Q.
-            masks: for each block None, or a bool tensor that broadcasts to [B, heads, q, q], True where the query of
-                the row may attend to the key of the column.
+            blocks: their queries follow each other and make up the whole sequence.
 
         Returns:
             [B, Q, C]
@@ -45,11 +60,19 @@ class BlockSelfAttention(nn.Module):
         embed_dim = x.shape[-1]
         query_key = F.linear(x + position, self.in_proj_weight[: 2 * embed_dim], self.in_proj_bias[: 2 * embed_dim])
         value = F.linear(x, self.in_proj_weight[2 * embed_dim :], self.in_proj_bias[2 * embed_dim :])
-        # [B, Q, 3C] -> [B, 3 * heads, Q, C / heads]
-        heads = torch.cat((query_key, value), dim=-1).unflatten(-1, (3 * self.num_heads, -1)).transpose(1, 2)
+        # [B, Q, 3C] -> 3 of [B, heads, Q, C / heads]
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (*query_key.chunk(2, dim=-1), value)
+        )
         dropout = self.dropout if self.training else 0.0
-        blocks = []
-        for block, mask in zip(heads.split(block_sizes, dim=2), masks):
-            q, k, v = block.chunk(3, dim=1)
-            blocks.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout))
-        return self.out_proj(torch.cat(blocks, dim=2).transpose(1, 2).flatten(2))
+        attended = [
+            F.scaled_dot_product_attention(
+                q[:, :, block.queries],
+                k[:, :, block.keys],
+                v[:, :, block.keys],
+                attn_mask=block.mask,
+                dropout_p=dropout,
+            )
+            for block in blocks
+        ]
+        return self.out_proj(torch.cat(attended, dim=2).transpose(1, 2).flatten(2))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["inverse_sigmoid", "pairwise_giou", "paired_giou", "sine_embedding"]
+__all__ = ["inverse_sigmoid", "paired_giou", "paired_iou", "pairwise_giou", "sine_embedding"]
 
 
 def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
@@ -33,6 +33,12 @@ def sine_embedding(coordinates: Tensor, num_channels: int, temperature: float = 
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-3)
 
 
+def paired_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-6) -> Tensor:
+    """IoU of boxes that broadcast against each other; arguments as of :func:`paired_giou`. Returns [...] in [0, 1]."""
+    intersection, union = _intersection_and_union(boxes1, boxes2, eps)
+    return intersection / union
+
+
 def paired_giou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-6) -> Tensor:
     """Generalised IoU of boxes that broadcast against each other.
 
@@ -43,16 +49,18 @@ def paired_giou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-6) -> Tensor:
     Returns:
         [...] in [-1, 1].
     """
-    overlap = (torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - torch.maximum(boxes1[..., :2], boxes2[..., :2])).clamp(
-        min=0
-    )
+    intersection, union = _intersection_and_union(boxes1, boxes2, eps)
     enclosing = torch.maximum(boxes1[..., 2:], boxes2[..., 2:]) - torch.minimum(boxes1[..., :2], boxes2[..., :2])
-    area1 = (boxes1[..., 2:] - boxes1[..., :2]).prod(-1)
-    area2 = (boxes2[..., 2:] - boxes2[..., :2]).prod(-1)
-    intersection = overlap.prod(-1)
-    union = (area1 + area2 - intersection).clamp(min=eps)
     enclosing_area = enclosing.clamp(min=0).prod(-1).clamp(min=eps)
     return intersection / union - (enclosing_area - union) / enclosing_area
+
+
+def _intersection_and_union(boxes1: Tensor, boxes2: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    overlap = torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - torch.maximum(boxes1[..., :2], boxes2[..., :2])
+    intersection = overlap.clamp(min=0).prod(-1)
+    area1 = (boxes1[..., 2:] - boxes1[..., :2]).prod(-1)
+    area2 = (boxes2[..., 2:] - boxes2[..., :2]).prod(-1)
+    return intersection, (area1 + area2 - intersection).clamp(min=eps)
 
 
 def pairwise_giou(boxes1: Tensor, boxes2: Tensor) -> Tensor:

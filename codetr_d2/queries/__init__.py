@@ -1,6 +1,15 @@
 """Where decoder queries come from."""
 
+from .denoising import ContrastiveDenoising, DenoisingNoise
 from .positives import PositiveQueries, SelectedSamples, select_samples
 from .proposals import TwoStageProposals, prior_boxes
 
-__all__ = ["PositiveQueries", "SelectedSamples", "TwoStageProposals", "prior_boxes", "select_samples"]
+__all__ = [
+    "ContrastiveDenoising",
+    "DenoisingNoise",
+    "PositiveQueries",
+    "SelectedSamples",
+    "TwoStageProposals",
+    "prior_boxes",
+    "select_samples",
+]

@@ -75,27 +75,43 @@ class PositiveQueries(nn.Module):
     """Turns the chosen candidates of one auxiliary head into decoder queries (eq. 4 of the paper).
 
     The sine embedding of the box gives position and content through one linear layer; a linear layer of the
-    candidate's feature is added to the content.
+    candidate's feature is added to the content. With ``content_only``, as Co-DINO was published, the embedding gives
+    the content alone and features are not used: the decoder makes the position from the box.
 
     Args:
         embed_dim: channels of the queries and of the candidates' features.
         num_classes: number of classes.
         max_per_head, min_per_head, padding: see :func:`select_samples`.
+        content_only: see above.
     """
 
-    def __init__(self, embed_dim: int, num_classes: int, max_per_head: int, min_per_head: int, padding: str):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_classes: int,
+        max_per_head: int,
+        min_per_head: int,
+        padding: str,
+        content_only: bool = False,
+    ):
         super().__init__()
+        self.embed_dim = embed_dim
         self.num_classes = num_classes
         self.max_per_head = max_per_head
         self.min_per_head = min_per_head
         self.padding = padding
-        self.box_proj = nn.Linear(2 * embed_dim, 2 * embed_dim)
-        self.box_norm = nn.LayerNorm(2 * embed_dim)
-        self.feature_proj = nn.Linear(embed_dim, embed_dim)
-        self.feature_norm = nn.LayerNorm(embed_dim)
-        # One number that tells the heads apart: the published model broadcasts a scalar over all channels.
-        self.head_embed = nn.Parameter(torch.randn(1))
-        for linear in (self.box_proj, self.feature_proj):
+        self.content_only = content_only
+        out_channels = embed_dim if content_only else 2 * embed_dim
+        self.box_proj = nn.Linear(2 * embed_dim, out_channels)
+        self.box_norm = nn.LayerNorm(out_channels)
+        linears = [self.box_proj]
+        if not content_only:
+            self.feature_proj = nn.Linear(embed_dim, embed_dim)
+            self.feature_norm = nn.LayerNorm(embed_dim)
+            # One number that tells the heads apart: the published model broadcasts a scalar over all channels.
+            self.head_embed = nn.Parameter(torch.randn(1))
+            linears.append(self.feature_proj)
+        for linear in linears:
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -109,13 +125,18 @@ class PositiveQueries(nn.Module):
         chosen = select_samples(samples, self.num_classes, self.max_per_head, self.min_per_head, self.padding)
         scale = image_sizes_xyxy.unsqueeze(1)
         boxes = box_convert(chosen.boxes.detach() / scale, "xyxy", "cxcywh")  # may leave [0, 1]
-        embed_dim = self.feature_proj.out_features
-        embedding = sine_embedding(inverse_sigmoid(boxes, 1e-5).sigmoid(), embed_dim // 2)
-        position, content = self.box_norm(self.box_proj(embedding)).split(embed_dim, dim=-1)
+        embedding = sine_embedding(inverse_sigmoid(boxes, 1e-5).sigmoid(), self.embed_dim // 2)
+        embedding = self.box_norm(self.box_proj(embedding))
+        if self.content_only:
+            content, position = embedding, None
+        else:
+            position, content = embedding.split(self.embed_dim, dim=-1)
+            content = content + self.feature_norm(self.feature_proj(chosen.features))
+            position = position + self.head_embed
         return QueryGroup(
             name=name,
-            content=content + self.feature_norm(self.feature_proj(chosen.features)),
-            position=position + self.head_embed,
+            content=content,
+            position=position,
             reference_boxes=boxes,
             padding_mask=chosen.padding_mask,
             labels=chosen.labels,

@@ -38,3 +38,37 @@ def test_frozen_batch_norm_does_not_move():
 def test_bad_names(name, feature, message):
     with pytest.raises(InputError, match=message):
         TimmBackbone(name, [feature])
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "pvt_v2_b0", "resnet18"])
+def test_convolutional_and_hierarchical_models(name):
+    backbone = TimmBackbone(name, ["stride8", "stride16", "stride32"]).eval()
+    assert backbone.size_divisibility == (32 if name == "convnext_atto" else 0)  # ConvNeXt rounds down
+    with torch.no_grad():
+        features = backbone(torch.randn(1, 3, 64, 96))
+    for feature, shape in backbone.output_shape().items():
+        assert features[feature].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
+
+
+def test_channels_come_first_and_images_have_another_size():
+    torch.manual_seed(0)
+    backbone = TimmBackbone("swin_tiny_patch4_window7_224", ["stride4"]).eval()
+    plain = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, out_indices=(0,), img_size=(84, 112))
+    plain.load_state_dict(backbone.model.state_dict())
+    x = torch.randn(1, 3, 84, 112)
+    feature = backbone(x)["stride4"]
+    assert feature.shape == (1, 96, 21, 28)
+    torch.testing.assert_close(feature, plain.eval()(x)[0].permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("name", ["hrnet_w18_small", "swinv2_cr_tiny_ns_224", "swin_tiny_patch4_window7_224"])
+def test_a_model_that_needs_whole_cells_asks_for_them(name):
+    assert TimmBackbone(name, ["stride8"]).size_divisibility == 32
+
+
+@pytest.mark.parametrize("name", ["hiera_tiny_224", "mixer_s16_224"])
+def test_models_of_one_image_size_are_refused(name):
+    with pytest.raises(
+        InputError, match=rf"MODEL\.TIMM\.NAME: '{name}' gives feature maps only for images of its own size"
+    ):
+        TimmBackbone(name, ["stride16"])

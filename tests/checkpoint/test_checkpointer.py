@@ -1,14 +1,26 @@
 import io
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
 from torch import nn
 
-from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer, atomic_write, load_numpy_pickle
+from codetr_d2 import add_codetr_config
+from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer, atomic_write
+from codetr_d2.checkpoint.convert import checkpoint_to_codetr
+from codetr_d2.checkpoint.published import codetr_to_published
+from codetr_d2.checkpoint.safe_load import load_numpy_pickle
 from codetr_d2.errors import InputError
+
+ROOT = Path(__file__).parents[2]
 
 
 class Model(nn.Module):
@@ -244,3 +256,222 @@ def test_backbones_of_the_model_zoo_are_matched_by_name(tmp_path):
     path.write_bytes(pickle.dumps({"model": arrays, "__author__": "somebody", "matching_heuristics": True}, protocol=2))
     CoDETRCheckpointer(model).load(str(path))
     assert same(source.backbone, model.backbone)
+
+
+def build_detector(num_classes=4, heads=("roi", "atss"), **options):
+    """A small Co-Deformable-DETR, its parameters drawn at random."""
+    cfg = get_cfg()
+    add_codetr_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs/co_deformable_detr/co_deformable_detr_r50_1x_coco.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    codetr = cfg.MODEL.CODETR
+    codetr.NUM_CLASSES = num_classes
+    codetr.AUX_HEADS = list(heads)
+    codetr.EMBED_DIM = 32
+    for part in (codetr.ENCODER, codetr.DECODER):
+        part.NUM_LAYERS, part.NUM_HEADS, part.FFN_DIM = 2, 4, 16
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
+    cfg.merge_from_list([x for pair in options.items() for x in pair])
+    return build_model(cfg)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(1)  # other parameters than those of the models that load them
+    return build_detector()
+
+
+@pytest.fixture
+def published_file(detector, tmp_path):
+    """The detector as the published code would have saved it."""
+    weights = codetr_to_published(detector.state_dict())
+    for name in [name for name in weights if name.endswith("running_var")]:
+        weights[name.removesuffix("running_var") + "num_batches_tracked"] = torch.tensor(0)
+    path = tmp_path / "published.pth"
+    torch.save({"meta": {"epoch": 1}, "state_dict": weights, "optimizer": {"state": {}}}, path)
+    return path
+
+
+@pytest.fixture
+def load(caplog):
+    """Load a file into a model; returns the log."""
+
+    def load(model, path, **options):
+        caplog.clear()
+        checkpointer = CoDETRCheckpointer(model, **options)
+        checkpointer.logger.propagate = True
+        with caplog.at_level("INFO"):
+            checkpointer.load(str(path))
+        return caplog
+
+    return load
+
+
+def warnings_of(log):
+    return [record.message for record in log.records if record.levelname == "WARNING"]
+
+
+def test_published_weights_are_converted_while_loading(detector, published_file, tmp_path, load):
+    model = build_detector()
+    assert not same(detector, model)
+    log = load(model, published_file)
+    assert same(detector, model) and not warnings_of(log)
+    assert "Not used: entries beside the weights: meta, optimizer" in log.text
+    assert "a counter of batch norm in training" in log.text
+
+    # What the tool writes is a checkpoint like any other.
+    converted = tmp_path / "converted.pth"
+    torch.save(checkpoint_to_codetr(torch.load(published_file, weights_only=True))[0], converted)
+    model = build_detector()
+    assert not warnings_of(load(model, converted)) and same(detector, model)
+    model = build_detector()
+    DetectionCheckpointer(model).load(str(converted))
+    assert same(detector, model)
+
+
+@pytest.mark.parametrize("source", ["published", "ours"])
+@pytest.mark.parametrize("heads", [[], ["atss"], ["atss", "roi"], ["roi"], ["atss", "atss"]])
+def test_auxiliary_heads_are_found_by_name(detector, published_file, tmp_path, load, heads, source):
+    path = published_file
+    if source == "ours":
+        path = tmp_path / "ours.pth"
+        torch.save({"model": detector.state_dict()}, path)
+    model = build_detector(heads=heads)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    log = load(model, path)
+    position = {"roi": 0, "atss": 1}
+    expected = detector.state_dict()
+    names = list(model.auxiliary_heads)
+    for name, value in model.state_dict().items():
+        parts = name.split(".")
+        if name.startswith("query_head.positive_queries."):
+            head = names[int(parts[2])]
+            source_name = ".".join([*parts[:2], str(position.get(head)), *parts[3:]])
+        else:
+            head, source_name = (parts[1] if parts[0] == "auxiliary_heads" else ""), name
+        reference = fresh[name] if head == "atss2" else expected[source_name]
+        assert torch.equal(value, reference), name
+    dropped = {"roi", "atss"} - set(names)
+    assert ("an auxiliary head that MODEL.CODETR.AUX_HEADS does not list" in log.text) == bool(dropped)
+    assert ("MODEL.CODETR.AUX_HEADS is empty): auxiliary_level" in log.text) == (not heads)
+    # Only what starts anew is worth a warning.
+    assert len(warnings_of(log)) == ("atss2" in names)
+
+
+@pytest.fixture
+def pets():
+    MetadataCatalog.get("checkpointer_pets").thing_classes = ["cat", "hot_dog", "bird_(animal)", "fish"]
+    yield "checkpointer_pets"
+    MetadataCatalog.pop("checkpointer_pets")
+
+
+CLASS_BIAS = "query_head.decoder.class_embed.1.bias"
+
+
+def distinct_biases(model, name=CLASS_BIAS):
+    with torch.no_grad():
+        model.state_dict()[name].copy_(torch.arange(len(model.state_dict()[name])) + 10.0)
+
+
+@pytest.mark.parametrize("source", ["published", "ours"])
+def test_other_classes_in_training(published_file, tmp_path, load, pets, source):
+    weights = build_detector()
+    distinct_biases(weights)
+    state = weights.state_dict()
+    path = tmp_path / "weights.pth"
+    torch.save({"model": state} if source == "ours" else {"state_dict": codetr_to_published(state)}, path)
+
+    model = build_detector(3)
+    fresh = model.state_dict()[CLASS_BIAS].clone()
+    log = load(model, path, fine_tune=True, class_names=["Bird", "Hot dog", "tree"])
+    assert torch.equal(model.state_dict()[CLASS_BIAS], fresh)
+    assert torch.equal(model.query_head.query_content.weight, weights.query_head.query_content.weight)
+    assert len(warnings_of(log)) == 1
+    assert "has 4 classes and the model 3: the classifiers start anew" in warnings_of(log)[0]
+
+    log = load(model, path, fine_tune=True, class_names=["Bird", "Hot dog", "tree"], reuse_classes=pets)
+    assert model.state_dict()[CLASS_BIAS].tolist() == [12, 11, fresh[2].item()]
+    assert len(warnings_of(log)) == 1 and "2 of 3 classes by their names in checkpointer_pets" in warnings_of(log)[0]
+
+    # As many classes in another order.
+    model = build_detector(4)
+    log = load(model, path, fine_tune=True, class_names=["fish", "bird", "hot dog", "cat"], reuse_classes=pets)
+    assert model.state_dict()[CLASS_BIAS].tolist() == [13, 12, 11, 10] and "4 of 4" in warnings_of(log)[0]
+    # Without REUSE_CLASSES, and where nothing is trained, the weights stay as they are.
+    for options in ({"fine_tune": True}, {"reuse_classes": pets, "class_names": ["a", "b", "c", "d"]}):
+        assert not warnings_of(load(model, path, **options))
+        assert model.state_dict()[CLASS_BIAS].tolist() == [10, 11, 12, 13]
+
+    for other, names, message in (
+        (model, ["fish"], "MODEL.CODETR.CLASS_NAMES names 1 classes, but MODEL.CODETR.NUM_CLASSES is 4"),
+        (build_detector(3), ["a", "b", "c"], r"coco_2017_train names 80 classes, but .*weights.pth has 4 classes"),
+    ):
+        reuse = pets if len(names) == 1 else "coco_2017_train"
+        with pytest.raises(InputError, match=message):
+            load(other, path, fine_tune=True, class_names=names, reuse_classes=reuse)
+
+
+def test_other_classes_are_an_error_in_evaluation_and_resuming(published_file, tmp_path, load, pets):
+    with pytest.raises(
+        InputError, match=r"published.pth: has 4 classes, but MODEL.CODETR.NUM_CLASSES is 3; set it to 4"
+    ):
+        load(build_detector(3), published_file)
+    weights = build_detector()
+    distinct_biases(weights)
+    optimizer = torch.optim.SGD(weights.parameters(), 0.1)
+    options = {"fine_tune": True, "reuse_classes": pets, "class_names": ["fish", "bird", "hot dog", "cat"]}
+    CoDETRCheckpointer(weights, str(tmp_path), optimizer=optimizer).save("model_0000001")
+    model = build_detector()
+    resumed = CoDETRCheckpointer(model, str(tmp_path), optimizer=torch.optim.SGD(model.parameters(), 0.1), **options)
+    resumed.resume_or_load("", resume=True)
+    assert same(model, weights)  # the rows are in the order of the run already
+    model = build_detector(3)
+    resumed = CoDETRCheckpointer(model, str(tmp_path), optimizer=torch.optim.SGD(model.parameters(), 0.1), **options)
+    with pytest.raises(InputError, match="has 4 classes, but"):
+        resumed.resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"MODEL.CODETR.NUM_QUERIES": 10}, r"query_content.weight .*\[300, 32\].*\[10, 32\].*MODEL.CODETR.NUM_QUERIES"),
+        ({"MODEL.CODETR.ENCODER.NUM_LAYERS": 1}, "has query_head.encoder.layers.1.*ENCODER.NUM_LAYERS"),
+        ({"MODEL.CODETR.DECODER.NUM_LAYERS": 3}, "lacks query_head.decoder.layers.2.*DECODER.NUM_LAYERS"),
+        ({"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True}, "bbox_pred.*CLS_AGNOSTIC_BBOX_REG"),
+        ({"MODEL.ROI_BOX_HEAD.NUM_FC": 1}, "box_head.*NUM_FC"),
+        ({"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0]]}, "objectness_logits.*MODEL.ANCHOR_GENERATOR"),
+        ({"MODEL.RESNETS.DEPTH": 34}, "lacks backbone.*MODEL.BACKBONE.NAME"),
+    ],
+)
+def test_another_model_names_its_option(published_file, load, options, message):
+    model = build_detector(**options)
+    with pytest.raises(InputError, match=rf"published.pth: .*{message}") as error:
+        load(model, published_file)
+    assert "\n" not in str(error.value) and "?matching_heuristics=True" in str(error.value)
+    load(model, f"{published_file}?matching_heuristics=True")
+
+
+def test_another_family_and_another_version(published_file, load, tmp_path):
+    weights = torch.load(published_file, weights_only=True)["state_dict"]
+    dino = {**weights, "query_head.transformer.decoder.norm.weight": torch.zeros(32)}
+    torch.save(dino, tmp_path / "dino.pth")
+    with pytest.raises(InputError, match="dino.pth: .*QUERY_HEAD CoDINOHead"):
+        load(build_detector(), tmp_path / "dino.pth")
+    renamed = {name.replace("attentions.0", "self_attn"): value for name, value in weights.items()}
+    torch.save(renamed, tmp_path / "renamed.pth")
+    with pytest.raises(
+        InputError, match=r"renamed.pth: .*another version.*lacks query_head.encoder.layers.0.self_attn"
+    ):
+        load(build_detector(), tmp_path / "renamed.pth")
+
+
+def test_torchvision_backbone_of_a_detector(tmp_path, load):
+    theirs = torchvision.models.resnet18(weights=None)
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    model = build_detector()
+    log = load(model, tmp_path / "resnet18.pth", fine_tune=True)
+    assert torch.equal(model.backbone.res5[1].conv2.weight, theirs.layer4[1].conv2.weight)
+    assert "Loaded the backbone (100 tensors); the rest starts anew" in log.text and not warnings_of(log)
+    assert "2 (part of its pretraining's task): fc.weight, fc.bias" in log.text

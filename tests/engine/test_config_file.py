@@ -62,6 +62,13 @@ CODETR = [
 ]
 
 
+SWIN = ["MODEL.BACKBONE.NAME", "build_swin_backbone", "MODEL.CODETR.IN_FEATURES", "['p1', 'p2', 'p3']"]
+VIT = [
+    *("MODEL.BACKBONE.NAME", "build_eva02_pyramid_backbone"),
+    *("MODEL.CODETR.IN_FEATURES", "['p2', 'p3', 'p4', 'p5']", "MODEL.CODETR.NECK", ""),
+]
+
+
 @pytest.mark.parametrize(
     "opts, processes, message",
     [
@@ -89,6 +96,27 @@ CODETR = [
         ),
         (["MODEL.ROI_HEADS.NAME", "ROI"], 1, r"ROI_HEADS\.NAME is 'ROI'.*CoROIHeads"),
         (["MODEL.CODETR.IN_FEATURES", "['res9']"], 1, r"IN_FEATURES is 'res9'; it may be: res3, res4, res5"),
+        ([*SWIN, "MODEL.CODETR.IN_FEATURES", "['p4']"], 1, r"IN_FEATURES is 'p4'; it may be: p0, p1, p2, p3$"),
+        ([*SWIN, "MODEL.SWIN.NUM_HEADS", "[3, 6]"], 1, r"SWIN\.NUM_HEADS is \[3, 6\].*each of MODEL\.SWIN\.DEPTHS"),
+        ([*SWIN, "MODEL.SWIN.EMBED_DIM", "100"], 1, r"SWIN\.EMBED_DIM times 1 is 100.*NUM_HEADS \(3\)"),
+        ([*SWIN, "MODEL.SWIN.DROP_PATH_RATE", "1.0"], 1, r"SWIN\.DROP_PATH_RATE is 1\.0; .*less than 1"),
+        ([*SWIN, "MODEL.SWIN.DEPTHS", "[2, 0, 2, 2]"], 1, r"SWIN\.DEPTHS.*greater than 0"),
+        ([*SWIN, "SOLVER.LAYER_DECAY", "0.8"], 1, r"LAYER_DECAY is 0\.8, but.*build_swin_backbone has no ViT blocks"),
+        (["SOLVER.LAYER_DECAY", "1.5"], 1, r"LAYER_DECAY is 1\.5; it must be greater than 0 and at most 1"),
+        ([*VIT, "MODEL.CODETR.IN_FEATURES", "['p1']"], 1, r"IN_FEATURES is 'p1'; it may be: p2, p3, p4, p5, p6$"),
+        ([*VIT, "MODEL.EVA02.NUM_HEADS", "10"], 1, r"EVA02\.EMBED_DIM is 1024.*EVA02\.NUM_HEADS \(40\)"),
+        ([*VIT, "MODEL.EVA02.PATCH_SIZE", "14"], 1, r"EVA02\.PATCH_SIZE is 14"),
+        ([*VIT, "MODEL.EVA02.PRETRAIN_IMAGE_SIZE", "500"], 1, r"PRETRAIN_IMAGE_SIZE is 500.*PATCH_SIZE \(16\)"),
+        ([*VIT, "MODEL.EVA02.GLOBAL_BLOCKS", "[3, 24]"], 1, r"GLOBAL_BLOCKS has 24.*DEPTH - 1 \(23\)"),
+        ([*VIT, "MODEL.EVA02.DROP_PATH_RATE", "-0.1"], 1, r"EVA02\.DROP_PATH_RATE is -0\.1"),
+        ([*VIT, "MODEL.EVA02.WINDOW_SIZE", "0"], 1, r"EVA02\.WINDOW_SIZE is 0; it must be greater than 0"),
+        (
+            [*VIT, "MODEL.EVA02.IMAGE_SIZE", "1000", "MODEL.CODETR.CANVAS_SIZE", "1000"],
+            1,
+            r"IMAGE_SIZE is 1000.*\(32\)",
+        ),
+        ([*VIT, "MODEL.EVA02.IMAGE_SIZE", "1024"], 1, r"IMAGE_SIZE is 1024; it must be 0, or .*CANVAS_SIZE \(0\)"),
+        ([*VIT, "MODEL.FPN.OUT_CHANNELS", "128"], 1, r"FPN\.OUT_CHANNELS is 128;.*EMBED_DIM \(256\)"),
         (["MODEL.CODETR.NUM_FEATURE_LEVELS", "2"], 1, r"IN_FEATURES names 3 features.*NUM_FEATURE_LEVELS \(2\)"),
         (["MODEL.CODETR.IN_FEATURES", "[]"], 1, r"IN_FEATURES names 0 features"),
         (["MODEL.DEVICE", "gpu", "SOLVER.AMP.ENABLED", "True"], 1, r"MODEL\.DEVICE is 'gpu'; it may be cpu or cuda"),
@@ -119,6 +147,10 @@ def test_good_values_pass(config_file):
     opts = [*CODETR, "MODEL.CODETR.AUX_HEADS", "['roi', 'roi']"]
     check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.EVAL_HEAD", "roi2"]), 2)
     check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.AUX_HEADS", "[]"]))
+    check_config(load_config(str(config_file), [*CODETR, *SWIN]))
+    check_config(load_config(str(config_file), [*CODETR, *VIT, "SOLVER.LAYER_DECAY", "0.8"]))
+    canvas = ["MODEL.EVA02.IMAGE_SIZE", "1536", "MODEL.CODETR.CANVAS_SIZE", "1536"]
+    check_config(load_config(str(config_file), [*CODETR, *VIT, *canvas]))
 
 
 def test_heads_for_masks_pass(config_file):

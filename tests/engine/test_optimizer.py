@@ -8,6 +8,7 @@ from detectron2.solver import build_lr_scheduler
 from torch import nn
 
 from codetr_d2 import add_codetr_config
+from codetr_d2.backbones import Eva02
 from codetr_d2.engine.optimizer import build_optimizer, clip_full_model, schedule_in_iterations
 
 
@@ -42,6 +43,49 @@ def test_learning_rates_follow_the_first_multiplier_that_fits(cfg):
     assert isinstance(optimizer, torch.optim.AdamW)
     assert len(optimizer.param_groups) == 3
     assert all(group["weight_decay"] == 0.01 for group in optimizer.param_groups)
+
+
+class Vit(nn.Module):
+    """The names of a model with a ViT of four blocks, and one parameter of each kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.net = Eva02(8, 4, 2, 4, 2, global_blocks=[3], pretrain_image_size=8)
+        self.backbone.p4 = nn.Conv2d(8, 8, 1)
+        self.query_head = nn.Module()
+        self.query_head.norm = nn.LayerNorm(8)
+        self.query_head.level_embeds = nn.Parameter(torch.zeros(2, 8))
+        self.query_head.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
+
+
+def test_layer_decay(cfg):
+    cfg.MODEL.EVA02.DEPTH = 4
+    cfg.SOLVER.LAYER_DECAY = 0.5
+    cfg.SOLVER.LR_MULTIPLIERS = [["query_head", 0.1]]
+    model = Vit()
+    groups = build_optimizer(cfg, model).param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {names[p]: group["lr"] / 0.1 for group in groups for p in group["params"]}
+    decays = {names[p]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert rates.keys() == set(names.values())
+
+    for name, factor in {
+        "backbone.net.patch_embed.proj.weight": 1 / 32,
+        "backbone.net.pos_embed": 1 / 32,
+        "backbone.net.blocks.0.attn.q_bias": 1 / 16,
+        "backbone.net.blocks.1.mlp.w1.weight": 1 / 8,
+        "backbone.net.blocks.3.norm1.weight": 1 / 2,
+        "backbone.net.out_norm.weight": 1,
+        "backbone.p4.weight": 1,
+        "query_head.level_embeds": 0.1,
+    }.items():
+        assert rates[name] == pytest.approx(factor), name
+
+    decayed = {name for name, decay in decays.items() if decay == 0.01}
+    matrices = {name for name, p in model.named_parameters() if name.endswith("weight") and p.ndim > 1}
+    assert decayed == matrices | {"query_head.level_embeds"}
+    assert all(decay in (0.0, 0.01) for decay in decays.values())
 
 
 def test_a_multiplier_without_effect_is_reported(cfg, caplog):

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -288,3 +289,29 @@ def test_training_starts_from_the_average_of_another_run(run_training, make_conf
     assert torch.equal(trainer.model.box_embed.weight, average)
     assert torch.equal(trainer.ema.state_dict()["box_embed.weight"], average)
     assert isinstance(trainer.checkpointer, CoDETRCheckpointer)
+
+
+def test_weights_of_other_classes_start_a_training_and_no_evaluation(make_config, tmp_path, monkeypatch):
+    def classifier(num_classes):
+        """The names of a Co-DETR's classifier."""
+        layers = nn.ModuleList([nn.Linear(2, num_classes)])
+        return nn.ModuleDict({"query_head": nn.ModuleDict({"decoder": nn.ModuleDict({"class_embed": layers})})})
+
+    def bias(model):
+        return model["query_head"]["decoder"]["class_embed"][0].bias
+
+    weights, path = classifier(2), tmp_path / "weights.pth"
+    torch.save(weights.state_dict(), path)
+    MetadataCatalog.get("trainer_other").thing_classes = ["Class2", "something"]
+    try:
+        cfg = make_config("MODEL.WEIGHTS", path, "MODEL.CODETR.REUSE_CLASSES", "trainer_other")
+        trainer = CoDETRTrainer(cfg)
+        trainer.checkpointer.model = model = classifier(3)
+        fresh = bias(model).detach().clone()
+        trainer.resume_or_load(False)
+        assert torch.equal(bias(model)[:2], fresh[:2]) and bias(model)[2] == bias(weights)[0]
+        monkeypatch.setattr(CoDETRTrainer, "build_model", lambda cfg: classifier(3))
+        with pytest.raises(InputError, match="has 2 classes, but MODEL.CODETR.NUM_CLASSES is 3"):
+            evaluate(cfg)
+    finally:
+        MetadataCatalog.pop("trainer_other")

@@ -213,6 +213,27 @@ def test_detections_equal_detectron2(d2_cfg, shapes, make_pyramid):
             assert torch.equal(x.scores, y.scores) and torch.equal(x.pred_classes, y.pred_classes)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_proposals_have_a_threshold_of_their_own_at_inference(
+    d2_cfg, shapes, make_pyramid, make_targets, storage, training
+):
+    pyramid = make_pyramid([(96, 128)])
+    images, features = ImageList(pyramid.tokens, pyramid.image_sizes), dict(zip(NAMES, pyramid.maps()))
+    targets = [make_targets((96, 128), [[33, 33, 63, 64]], [0])]
+    d2_cfg.MODEL.RPN.NMS_THRESH, d2_cfg.MODEL.RPN.NMS_THRESH_TEST = 0.5, 0.9
+    ours = build_proposal_generator(d2_cfg, shapes).train(training)
+    d2_cfg.MODEL.PROPOSAL_GENERATOR.NAME = "RPN"
+    found = {}
+    for threshold in (0.5, 0.9):
+        d2_cfg.MODEL.RPN.NMS_THRESH = threshold
+        theirs = build_proposal_generator(d2_cfg, shapes).train(training)
+        theirs.load_state_dict(ours.state_dict())
+        [found[threshold]], _ = theirs(images, features, targets)
+    [proposals], _ = ours(images, features, targets)
+    assert len(found[0.5]) < len(found[0.9])
+    assert torch.equal(proposals.proposal_boxes.tensor, found[0.5 if training else 0.9].proposal_boxes.tensor)
+
+
 def test_roi_losses_and_features(cfg, input_shapes, make_pyramid, make_targets, storage):
     """Losses and pooled features computed again from what the head hands on."""
     torch.manual_seed(0)

@@ -9,7 +9,6 @@ import torch
 
 from tests.reference.recordings import (
     DEFAULT_DIR,
-    build_config,
     build_recorded_model,
     config_file,
     find_cases,
@@ -24,7 +23,7 @@ def reference_dir(config) -> Path:
 
 def pytest_generate_tests(metafunc):
     folder = reference_dir(metafunc.config)
-    for fixture, kind in (("forward", "forward"), ("training", "losses")):
+    for fixture, kind in (("forward", "forward"), ("training", "losses"), ("denoising", "dn")):
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, find_cases(folder, kind), indirect=True, scope="session")
 
@@ -52,9 +51,18 @@ def training(request):
     recording = json.loads((folder / "losses" / f"{request.param}.json").read_text())
     meta = recording["meta"]
     require_config(meta)
-    cfg = build_config(meta["official_config"])
-    # The recordings sample everything and permute nothing, so that no random number takes part.
-    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 1_000_000
     with pytest.MonkeyPatch.context() as patch:
+        # The recordings permute nothing, so that no random number takes part.
         patch.setattr(torch, "randperm", lambda n, **kwargs: torch.arange(n, device=kwargs.get("device")))
-        return recording, run_training(build_recorded_model(folder, meta, cfg), recorded_inputs(meta))
+        return recording, run_training(build_recorded_model(folder, meta), recorded_inputs(meta))
+
+
+@pytest.fixture(scope="session")
+def denoising(request):
+    """(recording, its meta block) of denoising queries, with the published model that made them."""
+    folder = reference_dir(request.config)
+    with np.load(folder / "dn" / f"{request.param}.npz") as recording:
+        arrays = {name: torch.from_numpy(recording[name]) for name in recording.files if name != "meta_json"}
+        meta = json.loads(str(recording["meta_json"]))
+    require_config(meta)
+    return arrays, meta, folder

@@ -12,10 +12,36 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from codetr_d2 import add_codetr_config
-from codetr_d2.checkpoint.published import published_to_codetr
+from codetr_d2.checkpoint.published import codetr_to_published, published_to_codetr
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_DIR = Path(__file__).parent / "data"
+
+
+# The recorded ViT models are smaller than the published ones (the recordings' README, section 9).
+SMALL_VIT = [
+    *("MODEL.EVA02.EMBED_DIM", 192, "MODEL.EVA02.DEPTH", 4, "MODEL.EVA02.NUM_HEADS", 3),
+    *("MODEL.EVA02.WINDOW_SIZE", 4, "MODEL.EVA02.GLOBAL_BLOCKS", [1, 3], "MODEL.EVA02.PRETRAIN_IMAGE_SIZE", 128),
+    *("MODEL.CODETR.NUM_CLASSES", 80, "MODEL.CODETR.NUM_QUERIES", 100),
+]
+SMALL_CANVAS = ["MODEL.EVA02.IMAGE_SIZE", 160, "MODEL.CODETR.CANVAS_SIZE", 160]
+# Options in which a recorded case differs from the published config.
+OPTIONS_OF_CASES = {
+    "co_dino_r50_q100": ["MODEL.CODETR.NUM_QUERIES", 100],
+    "co_dino_vit_small": SMALL_VIT,
+    "co_dino_vit_small_inst": SMALL_VIT,
+    "co_dino_vit_small_lsj": SMALL_VIT + SMALL_CANVAS,
+}
+# What the recordings leave to chance nowhere, and how the auxiliary heads were tested in all of them.
+OPTIONS_OF_RECORDINGS = [
+    *("MODEL.SWIN.DROP_PATH_RATE", 0.0, "MODEL.EVA02.DROP_PATH_RATE", 0.0),
+    *("MODEL.CODETR.DENOISING.LABEL_NOISE", 0.0, "MODEL.CODETR.DENOISING.BOX_NOISE", 0.0),
+    # Everything is sampled.
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 1_000_000, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 1_000_000),
+    *("MODEL.RPN.PRE_NMS_TOPK_TEST", 1000, "MODEL.RPN.POST_NMS_TOPK_TEST", 1000, "MODEL.RPN.NMS_THRESH_TEST", 0.7),
+    *("MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.5, "MODEL.ROI_HEADS.SOFT_NMS", False),
+    *("MODEL.ATSS.NMS_THRESH_TEST", 0.6, "MODEL.ATSS.SOFT_NMS", False),
+]
 
 
 def find_cases(folder: Path, kind: str) -> list[str]:
@@ -28,11 +54,12 @@ def config_file(name: str) -> Path | None:
     return next((ROOT / "configs").glob(f"*/{name}.yaml"), None)
 
 
-def build_config(name: str):
-    """The config of a published model, ready for the CPU and without weights."""
+def build_config(meta: dict):
+    """The config of a case, ready for the CPU and without weights."""
     cfg = get_cfg()
     add_codetr_config(cfg)
-    cfg.merge_from_file(str(config_file(name)))
+    cfg.merge_from_file(str(config_file(meta["official_config"])))
+    cfg.merge_from_list(OPTIONS_OF_RECORDINGS + OPTIONS_OF_CASES.get(meta["case"], []))
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
     return cfg
@@ -77,16 +104,17 @@ def draw_parameter(name: str, shape: list[int], salt: str) -> torch.Tensor:
     return torch.from_numpy(np.asarray(value, dtype=np.float32))
 
 
-def published_weights(folder: Path, meta: dict) -> dict[str, torch.Tensor]:
-    """The state dict of the published model that a case was recorded with."""
-    shapes = parameter_shapes(folder, meta["official_config"])
-    return {name: draw_parameter(name, shape, meta["weight_salt"]) for name, shape in shapes.items()}
-
-
-def build_recorded_model(folder: Path, meta: dict, cfg=None) -> torch.nn.Module:
+def build_recorded_model(folder: Path, meta: dict) -> torch.nn.Module:
     """Our model with the weights of a case; every published key must find its place."""
-    model = build_model(cfg or build_config(meta["official_config"]))
-    state_dict, unused = published_to_codetr(published_weights(folder, meta))
+    model = build_model(build_config(meta))
+    own = codetr_to_published(model.state_dict())
+    shapes = parameter_shapes(folder, meta["official_config"])
+    if meta["case"] in OPTIONS_OF_CASES:  # the names are those of the published model, some shapes are smaller
+        assert set(own) <= set(shapes)
+        shapes = {name: list(value.shape) for name, value in own.items()}
+    kept = {name: value for name, value in own.items() if name.endswith("relative_position_index")}
+    weights = {name: draw_parameter(name, shape, meta["weight_salt"]) for name, shape in shapes.items()}
+    state_dict, unused = published_to_codetr(weights | kept)
     assert all(name.endswith("num_batches_tracked") for name in unused), unused
     model.load_state_dict(state_dict, strict=True)
     return model

@@ -7,7 +7,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from codetr_d2.meta_arch import build_pyramid
+from codetr_d2.heads import CoDINOHead
+from codetr_d2.postprocess import detections_from_queries
 
 
 def detections(prefix: str, results: list[Instances]) -> dict[str, Tensor]:
@@ -25,15 +26,19 @@ def run_inference(model: torch.nn.Module, batch: list[dict], recorded: dict[str,
     model.eval()
     head = model.query_head
     images = model.preprocess(batch)
-    features = model.backbone(images.tensor)
-    features = [features[name] for name in model.in_features]
-    levels = model.neck(features)
-    values = {f"backbone_{i}": x for i, x in enumerate(features)} | {f"neck_{i}": x for i, x in enumerate(levels)}
+    if model.neck is None:  # the backbone has its pyramid in it
+        features = [model.backbone.net(images.tensor)]
+    else:
+        features = list(model.backbone(images.tensor).values())
+    pyramid = model.extract_features(images)
+    values = {f"backbone_{i}": x for i, x in enumerate(features)}
+    values |= {f"neck_{i}": x for i, x in enumerate(pyramid.maps())}
 
-    memory = head.encode(build_pyramid(levels, model.neck.strides, images))
+    memory = head.encode(pyramid)
     proposals = head.proposals(memory)
-    index = head.best_proposals(proposals)
-    queries = head.matching_queries(proposals)
+    index = settle_ties(head.best_proposals(proposals), recorded["topk_indices"], head.proposal_scores(proposals))
+    head.best_proposals = lambda proposals: index
+    queries = head.matching_queries(proposals, index)
     output = head.predict(memory)
     values |= {
         "memory": memory.tokens,
@@ -42,17 +47,21 @@ def run_inference(model: torch.nn.Module, batch: list[dict], recorded: dict[str,
         "enc_cls": proposals.logits,
         "enc_box_unact": proposals.box_logits,
         "topk_indices": index,
-        "enc_topk_scores": proposals.logits[..., 0].gather(1, index),
+        "enc_topk_scores": head.proposal_scores(proposals).gather(1, index),
         "init_reference": queries.reference_boxes,
         "query_pos_in": queries.position,
         "dec_states": output.states,
-        "dec_references": output.boxes,
+        "dec_references": output.references if isinstance(head, CoDINOHead) else output.boxes,
         "cls_logits": output.logits,
         "boxes": output.boxes,
     }
+    found = detections_from_queries(output.logits[-1], output.boxes[-1], memory.image_sizes, head.max_detections)
+    values |= detections("det_nonms", found)
     values |= detections("det", head.inference(memory))
-    # The model as a whole gives what its parts give.
-    for whole, part in zip(model(batch), head.inference(memory)):
+    # The model as a whole gives what its parts give, but for what lies in the padding of a canvas.
+    for x, whole, part in zip(batch, model(batch), head.inference(memory)):
+        part.pred_boxes.clip(x["image"].shape[-2:])
+        part = part[part.pred_boxes.nonempty()]
         assert torch.equal(whole["instances"].scores, part.scores)
         assert torch.equal(whole["instances"].pred_boxes.tensor, part.pred_boxes.tensor)
 
@@ -60,7 +69,7 @@ def run_inference(model: torch.nn.Module, batch: list[dict], recorded: dict[str,
     maps = pyramid.maps()
     values["aux_last"] = maps[-1]
     if "roi" in model.auxiliary_heads:
-        values |= run_roi_head(model.auxiliary_heads["roi"], pyramid, images, recorded)
+        values |= run_roi_head(model.auxiliary_heads["roi"], pyramid, recorded)
     if "atss" in model.auxiliary_heads:
         atss = model.auxiliary_heads["atss"]
         for i, ((logits, deltas, centerness), (height, width)) in enumerate(zip(atss.predict(maps), pyramid.shapes)):
@@ -70,8 +79,18 @@ def run_inference(model: torch.nn.Module, batch: list[dict], recorded: dict[str,
     return values
 
 
-def run_roi_head(head, pyramid, images, recorded: dict[str, Tensor]) -> dict[str, Tensor]:
-    features = dict(zip(head.level_names, pyramid.maps()))
+def settle_ties(index: Tensor, recorded: Tensor, scores: Tensor) -> Tensor:
+    """The recorded order of the chosen tokens, where it differs from ours among equal scores only.
+
+    Scores lie closer together than float32 computes them: 1e-5 is the recordings' own noise of a logit.
+    """
+    if torch.allclose(scores.gather(1, index), scores.gather(1, recorded), rtol=0, atol=1e-5):
+        return recorded
+    return index
+
+
+def run_roi_head(head, pyramid, recorded: dict[str, Tensor]) -> dict[str, Tensor]:
+    images, features = head._inputs(pyramid)
     logits, deltas = head.proposal_generator.rpn_head(list(features.values()))
     values = {f"rpn_cls_{i}": x for i, x in enumerate(logits)} | {f"rpn_reg_{i}": x for i, x in enumerate(deltas)}
     proposals, _ = head.proposal_generator(images, features)

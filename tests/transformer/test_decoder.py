@@ -83,3 +83,54 @@ def test_activation_checkpointing_gives_the_same_gradients(decoder, memory):
         gradients.append([p.grad.clone() for p in decoder.parameters()])
     for plain, recomputed in zip(*gradients):
         assert torch.equal(plain, recomputed)
+
+
+@pytest.fixture
+def dino_decoder():
+    decoder = DeformableDecoder(
+        embed_dim=32,
+        num_classes=5,
+        num_layers=3,
+        num_heads=4,
+        num_levels=2,
+        num_points=2,
+        ffn_dim=64,
+        position_from_boxes=True,
+        final_norm=True,
+        reference_eps=1e-3,
+    )
+    for branch in decoder.box_embed:
+        torch.nn.init.normal_(branch[-1].weight, std=0.2)
+    return decoder
+
+
+def test_dino_refines_along_two_paths(dino_decoder, memory):
+    """Boxes come from the normalised states, reference boxes from the raw ones, with the same branches."""
+    group = dataclasses.replace(make_group("", 5), position=None)
+    states = []
+    for layer in dino_decoder.layers:
+        layer.register_forward_hook(lambda module, args, x: states.append(x))
+    [output] = dino_decoder([group], memory)
+    assert torch.equal(output.references[0], group.reference_boxes)
+    for layer, (state, branch) in enumerate(zip(states, dino_decoder.box_embed)):
+        logit = inverse_sigmoid(output.references[layer], 1e-3)
+        torch.testing.assert_close(output.references[layer + 1], (branch(state) + logit).sigmoid())
+        torch.testing.assert_close(output.boxes[layer], (branch(dino_decoder.norm(state)) + logit).sigmoid())
+        torch.testing.assert_close(output.states[layer], dino_decoder.norm(state))
+
+
+def test_group_that_sees_the_one_before(dino_decoder, memory):
+    """Denoising queries change with the matching ones, which do not change with them; copies do not see each other."""
+    matching, noised = make_group("", 4), make_group("_dn", 6)
+    copies = torch.arange(6) // 3
+    noised = dataclasses.replace(noised, attention_mask=copies[:, None] == copies, sees_previous=True)
+    other = dataclasses.replace(matching, content=matching.content + 1)
+    changed = dataclasses.replace(noised, content=noised.content + (copies == 1)[:, None])
+    with torch.no_grad():
+        alone = dino_decoder([matching], memory)[0].logits
+        first, second = (x.logits for x in dino_decoder([matching, noised], memory))
+        torch.testing.assert_close(first, alone)
+        assert not torch.allclose(dino_decoder([other, noised], memory)[1].logits, second, atol=1e-3)
+        after = dino_decoder([matching, changed], memory)[1].logits
+    torch.testing.assert_close(after[:, :, :3], second[:, :, :3])
+    assert not torch.allclose(after[:, :, 3:], second[:, :, 3:], atol=1e-3)

@@ -22,6 +22,7 @@ def pyramid_of(maps: list[torch.Tensor], valid: list[tuple[int, int]]) -> Featur
         shapes=[tuple(x.shape[-2:]) for x in maps],
         strides=[8, 16],
         image_sizes=[(8 * valid[0][0], 8 * valid[0][1])],
+        padded_sizes=[(8 * valid[0][0], 8 * valid[0][1])],
         valid_ratios=torch.tensor([ratios]),
     )
 

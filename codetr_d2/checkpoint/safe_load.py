@@ -1,0 +1,219 @@
+"""Read checkpoint files of strangers without running anything that they hold."""
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from ..errors import InputError
+
+__all__ = ["load_numpy_pickle", "load_torch", "one_line", "weights_entry"]
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"encoding {encoding}")
+    return text.encode("latin1")
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Reads numpy arrays in plain containers and refuses anything else."""
+
+    def find_class(self, module: str, name: str):
+        module = module.replace("numpy._core", "numpy.core")
+        if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar")}:
+            # What numpy's own pickles name, under the module path of the numpy that runs here.
+            function = np.array(0).__reduce__()[0] if name == "_reconstruct" else np.float64(0).__reduce__()[0]
+            return function
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in pickles of protocol 2
+            return _encode_latin1
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def load_numpy_pickle(path: str) -> dict:
+    """Read a ``.pkl`` file of detectron2's model zoo: numpy arrays in dicts, lists and tuples.
+
+    Raises:
+        InputError: the file is truncated, is no pickle, or holds anything else, which is not executed.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = _NumpyUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # unpickling damaged data may raise nearly any error
+        raise InputError(
+            f"{path}: not a readable pickle of numpy arrays ({one_line(error)}); download it again, "
+            "or save the weights as a .pth file with torch.save(state_dict)"
+        ) from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds a {type(data).__name__} instead of a dict of weights")
+    return data
+
+
+class _Inert(list):
+    """What stands in for an object of a class that is not loaded: takes what the file says of it, and drops it.
+
+    A list, because torch appends to nothing else.
+    """
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __init__(self, *args):
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+class _InertMapping:
+    """What stands in for a kind of dict: a plain one, because torch sets items of nothing else."""
+
+    def __new__(cls, *args):
+        return OrderedDict()
+
+
+class _Dtype(_Inert):
+    """Stands in for a numpy type: keeps its code, like "f8"."""
+
+    def __init__(self, code: str = "", *args):
+        super().__init__()
+        self.code = str(code)
+
+
+class _Scalar(_Inert):
+    """Stands in for a number of numpy, which a plain one replaces."""
+
+    def __new__(cls, dtype: Any = None, data: Any = None):
+        if isinstance(dtype, _Dtype) and re.fullmatch("b1|[fiu][1248]", dtype.code) and isinstance(data, bytes):
+            return np.frombuffer(data, f"<{dtype.code}", count=1)[0].item()
+        return super().__new__(cls)
+
+
+_NUMPY = {
+    "numpy.dtype": _Dtype,
+    "numpy.core.multiarray.scalar": _Scalar,
+    "numpy._core.multiarray.scalar": _Scalar,
+}
+
+
+def load_torch(path: str) -> tuple[dict, list[str]]:
+    """Read a file of ``torch.save`` on the CPU, with ``weights_only``.
+
+    Checkpoints of other frameworks describe their training in objects of their own classes. Nothing is imported or
+    called for them: an object that does nothing is read in their place, and then left out. Numbers of numpy become
+    plain ones.
+
+    Returns:
+        The content, and what was left out, like ``"meta.history (mmcv.HistoryBuffer)"``.
+
+    Raises:
+        InputError: the file is truncated, is no checkpoint, holds no dict, asks for functions of the operating system,
+            or has such an object in the place of a weight.
+    """
+    unknown: dict[str, type] = {}  # what the file asks for -> its stand-in
+    try:
+        while True:
+            try:
+                with safe_globals([(stand_in, name) for name, stand_in in unknown.items()]):
+                    data = torch.load(path, map_location="cpu", weights_only=True)
+                break
+            except pickle.UnpicklingError as error:
+                more = {
+                    name: _NUMPY.get(name) or type(name, (_Inert,), {})
+                    for name in _unknown_globals(path, error) - unknown.keys()
+                }
+                # torch names the class where an item is set: it is a kind of dict.
+                match = re.search(r"Can only SETITEMS? for .* but got <class '\S*safe_load\.(\S+)'>", str(error))
+                if match and issubclass(unknown.get(match[1], _InertMapping), _Inert):
+                    more[match[1]] = type(match[1], (_InertMapping,), {})
+                if not more:
+                    raise
+                unknown |= more
+        dropped: list[str] = []
+        if unknown:
+            data = _without_stand_ins(data, "", dropped)
+    except Exception as error:  # damaged data may raise nearly any error
+        # torch refuses objects of an intact archive with UnpicklingError; legacy files are no archives.
+        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).replace(" ", "_").lower():
+            refused = re.findall(r"GLOBAL (\S+)", str(error)) or sorted(unknown) or ["an unknown kind"]
+            if zipfile.is_zipfile(path) or refused != ["an unknown kind"]:
+                raise InputError(
+                    f"{path}: holds Python objects beside tensors ({refused[0]}), which are not loaded because "
+                    "that could run code; where the file was made, save the state dict alone"
+                ) from None
+        raise InputError(
+            f"{path}: truncated, damaged, or not a PyTorch checkpoint ({one_line(error)}); copy or download "
+            "it again, or resume from an older one by writing its name into the file last_checkpoint"
+        ) from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds a {type(data).__name__} instead of a dict of weights")
+    entry = weights_entry(data)
+    for name in dropped:
+        if entry and name.startswith(f"{entry}."):
+            raise InputError(f"{path}: {name} is a Python object where a weight should be; the file is not used")
+    return data, dropped
+
+
+def weights_entry(data: dict) -> str:
+    """The entry of a checkpoint that holds its weights by name, "" where the checkpoint is nothing but these."""
+    return next((key for key in ("model", "state_dict", "module") if isinstance(data.get(key), dict)), "")
+
+
+def _unknown_globals(path: str, error: Exception) -> set[str]:
+    """Names that the file asks for and torch does not allow: all in an archive, the first in an older file."""
+    if zipfile.is_zipfile(path):
+        return set(get_unsafe_globals_in_checkpoint(path))
+    names = re.findall(r"Unsupported global: GLOBAL (\S+) was not", str(error))
+    return {name if "." in name else f"builtins.{name}" for name in names}
+
+
+def _stand_in(value: Any) -> str:
+    """What a value stands in for, "" where it is none."""
+    kind = value if isinstance(value, type) else type(value)
+    return kind.__name__ if issubclass(kind, (_Inert, _InertMapping)) else ""
+
+
+def _without_stand_ins(value: Any, path: str, dropped: list[str]) -> Any:
+    """The same containers without the stand-ins in them, whose places are added to ``dropped``."""
+    if isinstance(value, dict):
+        kept = type(value)()
+        for key, item in value.items():
+            place = f"{path}.{key}" if path else str(key)
+            if stand_in := _stand_in(item) or _stand_in(key):
+                dropped.append(f"{place} ({stand_in})")
+            else:
+                kept[key] = _without_stand_ins(item, place, dropped)
+        if hasattr(value, "_metadata"):  # of a state dict
+            kept._metadata = _without_stand_ins(value._metadata, f"{path}._metadata", dropped)
+        return kept
+    if type(value) in (list, tuple, set):
+        kept = []
+        for i, item in enumerate(value):
+            if stand_in := _stand_in(item):
+                dropped.append(f"{path}[{i}] ({stand_in})")
+            else:
+                kept.append(_without_stand_ins(item, f"{path}[{i}]", dropped))
+        return type(value)(kept)
+    return value
+
+
+def one_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
