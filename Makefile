@@ -29,6 +29,7 @@ endif
 help:
 	@echo 'make quickstart          train a small Co-DETR on handwritten digits, evaluate it and draw its predictions'
 	@echo 'make quickstart-trees    the same on photographs of tree crowns'
+	@echo 'make quickstart-nuclei   the same on a micrograph of cell nuclei, with their masks'
 	@echo 'make test                check the style and run every test but the end-to-end run'
 	@echo 'make test-end-to-end     a short training, evaluation and prediction through the command lines'
 	@echo 'make lint                check the style alone'
@@ -39,12 +40,15 @@ help:
 .PHONY: setup
 setup: $(SETUP_DONE)
 
-.PHONY: quickstart quickstart-trees
+.PHONY: quickstart quickstart-trees quickstart-nuclei
 quickstart: $(SETUP_DONE)
 	$(RUN) tools/quick_start.py digits
 
 quickstart-trees: $(SETUP_DONE)
 	$(RUN) tools/quick_start.py trees
+
+quickstart-nuclei: $(SETUP_DONE)
+	$(RUN) tools/quick_start.py nuclei
 
 .PHONY: lint test test-end-to-end
 lint: $(SETUP_DONE)

@@ -45,6 +45,7 @@ def add_codetr_config(cfg: CN) -> None:
     # > 0: detections of the same class that overlap by at least so much lower each other's score (linear soft-NMS).
     _C.MODEL.CODETR.SOFT_NMS_THRESH = 0.0
     # Instance masks, with MODEL.MASK_ON: "roi" (the ROI auxiliary head's Mask R-CNN branch) or "refine" (Co-DINO-Inst).
+    # MODEL.ROI_MASK_HEAD describes the former, MODEL.REFINE_MASK_HEAD the latter.
     _C.MODEL.CODETR.MASK_HEAD = "roi"
     _C.MODEL.CODETR.EVAL_HEAD = "detr"  # whose detections inference returns: detr, or an auxiliary head: roi, atss
 
@@ -85,6 +86,12 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.ATSS.SOFT_NMS = False  # lower the scores of what overlaps instead of dropping it
     _C.MODEL.ROI_HEADS.SOFT_NMS = False
     _C.MODEL.RPN.NMS_THRESH_TEST = 0.7  # of the proposals at inference; MODEL.RPN.NMS_THRESH is that of training
+
+    # The mask head of Co-DINO-Inst.
+    _C.MODEL.REFINE_MASK_HEAD = CN()
+    _C.MODEL.REFINE_MASK_HEAD.POSITIVES_PER_IMAGE = 128  # boxes trained on: those that overlap an object by half
+    _C.MODEL.REFINE_MASK_HEAD.LOSS_WEIGHT = 12.0
+    _C.MODEL.REFINE_MASK_HEAD.IOU_LOSS_WEIGHT = 6.0  # of the mask's predicted quality
 
     # Deformable attention: auto, cpp or eager. auto takes the fastest one that works where the tensors are.
     _C.MODEL.MS_DEFORM_ATTN = "auto"

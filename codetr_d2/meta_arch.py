@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from . import ops
 from .errors import InputError
 from .heads import QUERY_HEAD_REGISTRY, build_auxiliary_head
+from .heads.refine_mask import RefineMaskHead
 from .neck import ChannelMapper, ConvGN
+from .postprocess import detections_from_queries
 from .structures import FeaturePyramid
 
 __all__ = ["CoDETR", "auxiliary_head_names", "build_pyramid"]
@@ -26,7 +28,8 @@ class CoDETR(nn.Module):
     """Collaborative DETR.
 
     In training every auxiliary head reads the encoder's output, adds its own losses and hands its candidates on to the
-    query head as further decoder queries. Inference leaves the auxiliary heads out, unless ``eval_head`` names one.
+    query head as further decoder queries. Inference leaves the auxiliary heads out, unless ``eval_head`` names one or
+    masks are asked of the ROI head's branch.
 
     Args:
         backbone: a detectron2 backbone.
@@ -37,6 +40,8 @@ class CoDETR(nn.Module):
         auxiliary_heads: by name, in the order of the query head's positive queries.
         auxiliary_weight: weight of the auxiliary heads' losses (lambda_2 times the decoder layers, eq. 6).
         eval_head: "detr", or the name of the auxiliary head whose detections inference returns.
+        mask_head: predicts masks of the detections, from the encoder's output; or None.
+        roi_masks: whether the auxiliary head named "roi" does so.
         pixel_mean, pixel_std: for the normalisation of the images.
         canvas_size: side of the square, in pixels, that every image is put on at the top left and whose padding counts
             as a part of the image; 0 to pad images to the largest of their batch instead, and mask the padding.
@@ -55,6 +60,8 @@ class CoDETR(nn.Module):
         auxiliary_heads: dict[str, nn.Module],
         auxiliary_weight: float,
         eval_head: str,
+        mask_head: RefineMaskHead | None,
+        roi_masks: bool,
         pixel_mean: list[float],
         pixel_std: list[float],
         canvas_size: int = 0,
@@ -74,12 +81,20 @@ class CoDETR(nn.Module):
             self.auxiliary_level = ConvGN(query_head.embed_dim, query_head.embed_dim, 3, stride=2, bias=True)
         self.auxiliary_weight = auxiliary_weight
         self.eval_head = eval_head
+        if roi_masks and "roi" not in auxiliary_heads:
+            raise InputError(
+                'MODEL.CODETR.MASK_HEAD is "roi", but MODEL.CODETR.AUX_HEADS has no "roi" head: add it, or choose the '
+                'mask head "refine"'
+            )
+        self.mask_head = mask_head
+        self.roi_masks = roi_masks
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         options = cfg.MODEL.CODETR
+        mask_kind = options.MASK_HEAD if cfg.MODEL.MASK_ON else None
         ops.set_backend(cfg.MODEL.MS_DEFORM_ATTN)
         backbone = build_backbone(cfg)
         input_shapes = [backbone.output_shape()[name] for name in options.IN_FEATURES]
@@ -105,6 +120,8 @@ class CoDETR(nn.Module):
             },
             "auxiliary_weight": options.LAMBDA2 * options.DECODER.NUM_LAYERS,
             "eval_head": options.EVAL_HEAD,
+            "mask_head": RefineMaskHead(cfg, level_shapes[:-1]) if mask_kind == "refine" else None,
+            "roi_masks": mask_kind == "roi",
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "canvas_size": options.CANVAS_SIZE,
@@ -123,7 +140,7 @@ class CoDETR(nn.Module):
 
         Returns:
             Training: the losses by name. Inference: for each image ``{"instances": Instances}`` with ``pred_boxes``,
-            ``scores`` and ``pred_classes``.
+            ``scores`` and ``pred_classes``, and where the model has masks ``pred_masks`` ([N, height, width] bool).
         """
         memory = self.query_head.encode(self.extract_features(self.preprocess(batched_inputs)))
         if not self.training:
@@ -137,6 +154,13 @@ class CoDETR(nn.Module):
             head_losses, samples[name] = head(auxiliary_pyramid, instances)
             losses.update({f"{k}_{name}": v * self.auxiliary_weight for k, v in head_losses.items()})
         losses.update(self.query_head.losses(memory, samples, instances))
+        if self.mask_head is not None:
+            with torch.no_grad():
+                output = self.query_head.predict(memory)
+                detections = detections_from_queries(
+                    output.logits[-1], output.boxes[-1], memory.image_sizes, self.query_head.max_detections
+                )
+            losses.update(self.mask_head.losses(memory, detections, instances))
         return losses
 
     def extract_features(self, images: ImageList) -> FeaturePyramid:
@@ -155,6 +179,10 @@ class CoDETR(nn.Module):
             results = self.query_head.inference(memory)
         else:
             results = self.auxiliary_heads[self.eval_head].inference(self.auxiliary_pyramid(memory))
+        if self.mask_head is not None:
+            results = self.mask_head.inference(memory, results)
+        elif self.roi_masks and not results[0].has("pred_masks"):
+            results = self.auxiliary_heads["roi"].predict_masks(memory, results)
         return [{"instances": rescale(result, x)} for result, x in zip(results, batched_inputs)]
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:

@@ -1,4 +1,4 @@
-"""Pictures with boxes on them, legible for small images too."""
+"""Pictures with boxes and masks on them, legible for small images too."""
 
 import colorsys
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 from detectron2.structures import BoxMode, Instances
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import GenericMask, Visualizer
 
 __all__ = ["draw_annotations", "draw_predictions"]
 
@@ -18,7 +18,8 @@ def draw_predictions(
 
     Args:
         image: [H, W, 3] uint8, BGR.
-        predictions: on the CPU, with ``pred_boxes`` (xyxy, pixels of ``image``), ``scores`` and ``pred_classes``.
+        predictions: on the CPU, with ``pred_boxes`` (xyxy, pixels of ``image``), ``scores`` and ``pred_classes``, and
+            where there are masks ``pred_masks`` ([N, H, W] bool).
         class_names: names by class index; may be empty.
         long_side: smaller images are enlarged to this many pixels.
 
@@ -27,7 +28,8 @@ def draw_predictions(
     """
     classes = predictions.pred_classes.tolist()
     labels = [f"{_name(c, class_names)} {s:.0%}" for c, s in zip(classes, predictions.scores.tolist())]
-    return _draw(image, predictions.pred_boxes.tensor.numpy(), classes, labels, long_side)
+    masks = list(predictions.pred_masks.numpy()) if predictions.has("pred_masks") else None
+    return _draw(image, predictions.pred_boxes.tensor.numpy(), masks, classes, labels, long_side)
 
 
 def draw_annotations(
@@ -38,7 +40,10 @@ def draw_annotations(
     boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
     classes = [x["category_id"] for x in annotations]
     labels = [_name(c, class_names) for c in classes]
-    return _draw(image, np.array(boxes, dtype=np.float64).reshape(-1, 4), classes, labels, long_side)
+    masks = None
+    if all("segmentation" in x for x in annotations):
+        masks = [GenericMask(x["segmentation"], *image.shape[:2]).mask for x in annotations]
+    return _draw(image, np.array(boxes, dtype=np.float64).reshape(-1, 4), masks, classes, labels, long_side)
 
 
 def _name(category: int, class_names: Sequence[str]) -> str:
@@ -46,7 +51,12 @@ def _name(category: int, class_names: Sequence[str]) -> str:
 
 
 def _draw(
-    image: np.ndarray, boxes_xyxy: np.ndarray, classes: list[int], labels: list[str], long_side: int
+    image: np.ndarray,
+    boxes_xyxy: np.ndarray,
+    masks: list[np.ndarray] | None,
+    classes: list[int],
+    labels: list[str],
+    long_side: int,
 ) -> np.ndarray:
     # The image is enlarged here: the Visualizer's own scale leaves the letters as small as they were.
     scale = max(1.0, long_side / max(image.shape[:2]))
@@ -55,5 +65,11 @@ def _draw(
     # Bright colours, the same for a class in every picture; steps of the golden ratio keep them apart.
     colours = [colorsys.hsv_to_rgb(c * 0.618 % 1, 1, 1) for c in classes]
     visualizer = Visualizer(image[:, :, ::-1])
-    visualizer.overlay_instances(boxes=boxes_xyxy * scale, labels=labels, assigned_colors=colours, alpha=1.0)
+    if masks is not None:
+        height, width = image.shape[:2]
+        masks = [cv2.resize(x.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) for x in masks]
+    # The opacity is that of the masks.
+    visualizer.overlay_instances(
+        boxes=boxes_xyxy * scale, masks=masks, labels=labels, assigned_colors=colours, alpha=0.3
+    )
     return visualizer.output.get_image()

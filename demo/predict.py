@@ -6,7 +6,8 @@
 
 Without --config-file it is the model that `make quickstart` trained. The output folder gets each picture with its
 detections drawn on it, each video likewise, and detections.json: for each picture (or frame) the file, its size, and
-detections with category_name, category_id (counted from 0), bbox ([x, y, width, height] in pixels) and score.
+detections with category_name, category_id (counted from 0), bbox ([x, y, width, height] in pixels) and score. A model
+with masks adds segmentation (COCO's run-length encoding) and, where masks have scores of their own, mask_score.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
 from codetr_d2.data import read_image
 from codetr_d2.engine.config_file import load_config, resolve_device
 from codetr_d2.errors import InputError
+from codetr_d2.evaluation.mask_scores import add_mask_scores
 from codetr_d2.visualization import draw_predictions
 
 QUICK_START_CONFIG = Path("output/quick_start/digits/config.yaml")
@@ -116,8 +118,9 @@ class Detector:
         """[H, W, 3] uint8 BGR -> its drawing, [H', W', 3] uint8 RGB, and its entry in detections.json."""
         found: Instances = self.predictor(image)["instances"].to("cpu")
         found = found[found.scores >= self.score_threshold]
-        detections = []
-        for detection in instances_to_coco_json(found, 0):
+        detections, results = [], instances_to_coco_json(found, 0)
+        add_mask_scores(results, found)
+        for detection in results:
             category = detection["category_id"]
             name = self.names[category] if category < len(self.names) else str(category)
             detections.append({"category_name": name, **{k: v for k, v in detection.items() if k != "image_id"}})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from codetr_d2 import add_codetr_config
@@ -145,6 +145,70 @@ def test_detections_of_each_head(eval_head):
     assert len(first) and (first.scores[:-1] >= first.scores[1:]).all()
     assert first.pred_classes.max() < 10
     torch.testing.assert_close(first.pred_boxes.tensor / 2, unscaled["instances"].pred_boxes.tensor)
+
+
+def add_masks(batch: list[dict]) -> list[dict]:
+    """The objects' boxes as their masks."""
+    for x in batch:
+        if len(x["instances"]):
+            (x0, y0, x1, y1) = x["instances"].gt_boxes.tensor.unbind(1)
+            polygons = torch.stack((x0, y0, x1, y0, x1, y1, x0, y1), dim=1)
+            x["instances"].gt_masks = PolygonMasks([[polygon.numpy()] for polygon in polygons])
+    return batch
+
+
+@pytest.mark.parametrize("mask_head, aux_heads", [("roi", ("roi", "atss")), ("refine", ("roi",)), ("refine", ())])
+@pytest.mark.parametrize("num_objects", [(3, 1), (0, 2), (0, 0)])
+def test_masks_are_trained(mask_head, aux_heads, num_objects):
+    model = build("MODEL.MASK_ON", True, "MODEL.CODETR.MASK_HEAD", mask_head, aux_heads=aux_heads)
+    losses = train_step(model, add_masks(make_batch(*num_objects)))
+    names = {x for x in losses if "mask" in x}
+    expected = {f"loss_mask_{x}" for x in (14, 28, 56, 112, "iou")} if mask_head == "refine" else {"loss_mask_roi"}
+    assert names == expected
+    assert all(torch.isfinite(x) for x in losses.values())
+    assert any(losses[x] > 0 for x in names) == any(num_objects)
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert not missing
+
+
+@pytest.mark.parametrize("mask_head", ["roi", "refine"])
+@pytest.mark.parametrize("eval_head", ["detr", "roi", "atss"])
+def test_masks_of_the_detections_of_each_head(mask_head, eval_head):
+    options = ("MODEL.MASK_ON", True, "MODEL.CODETR.MASK_HEAD", mask_head, "MODEL.CODETR.EVAL_HEAD", eval_head)
+    model = build(*options).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mask_head.predictor.bias" in name or "stage_instance_logits" in name and "bias" in name:
+                parameter.fill_(9.0)  # masks that fill their boxes
+    batch = make_batch(3, 1)
+    batch[0].update(height=192, width=256)
+    with torch.no_grad():
+        results = [x["instances"] for x in model(batch)]
+    for found, size in zip(results, [(192, 256), (112, 120)]):
+        assert found.pred_masks.shape == (len(found), *size) and found.pred_masks.dtype == torch.bool and len(found)
+        assert found.has("mask_scores") == (mask_head == "refine")
+        boxes = found.pred_boxes.tensor
+        large = boxes[:, 2:] - boxes[:, :2] > 8
+        large = large.all(1).nonzero().squeeze(1)
+        covered = BitMasks(found.pred_masks[large]).get_bounding_boxes().tensor
+        torch.testing.assert_close(covered, boxes[large], rtol=0, atol=1.01)
+
+
+def test_masks_are_all_that_inference_reads_of_the_auxiliary_heads():
+    model = build("MODEL.MASK_ON", True).eval()
+    batch = make_batch(3, 1)
+    with torch.no_grad():
+        before = model(batch)
+        for name, parameter in model.named_parameters():
+            if name.startswith("auxiliary_") and ".mask_head." not in name:
+                parameter.fill_(float("nan"))
+        for x, y in zip(before, model(batch)):
+            assert torch.equal(x["instances"].pred_masks, y["instances"].pred_masks)
+
+
+def test_masks_of_the_roi_head_need_it():
+    with pytest.raises(InputError, match='MASK_HEAD is "roi".*AUX_HEADS has no "roi"'):
+        build("MODEL.MASK_ON", True, aux_heads=("atss",))
 
 
 def test_names_of_heads():

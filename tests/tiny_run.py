@@ -11,8 +11,11 @@ from codetr_d2 import add_codetr_config
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def write_tiny_run(folder: Path, datasets: list[list[str]] | None = None) -> CfgNode:
-    """Write config.yaml and model_final.pth into ``folder``. ``datasets``: COCO_JSON entries for training and test."""
+def write_tiny_run(folder: Path, datasets: list[list[str]] | None = None, opts: tuple = ()) -> CfgNode:
+    """Write config.yaml and model_final.pth into ``folder``.
+
+    ``datasets``: COCO_JSON entries for training and test. ``opts``: key, value, ... of the config.
+    """
     cfg = get_cfg()
     add_codetr_config(cfg)
     cfg.merge_from_file(str(CONFIGS / "quick_start" / "co_deformable_detr_efficientnet_lite0_digits.yaml"))
@@ -25,6 +28,7 @@ def write_tiny_run(folder: Path, datasets: list[list[str]] | None = None) -> Cfg
     if datasets is not None:
         cfg.DATASETS.COCO_JSON = datasets
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (datasets[0][0],), (datasets[1][0],)
+    cfg.merge_from_list(list(opts))
     torch.manual_seed(0)
     model = build_model(cfg)
     folder.mkdir(parents=True, exist_ok=True)

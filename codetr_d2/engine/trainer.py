@@ -14,7 +14,7 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MetadataCatalog
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, verify_results
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
@@ -29,17 +29,15 @@ from ..data.loader import build_test_loader, build_train_loader
 from ..data.mapper import CoDETRDatasetMapper
 from ..data.samplers import derive_seed, seed_rng
 from ..errors import InputError
+from ..evaluation import EVALUATORS
 from .config_file import resolve_device, save_config
 from .ema import ModelEMA
 from .hooks import BestCheckpointer, PeriodicCheckpointer, PeriodicWriter, drop_metrics_from
-from .lvis_evaluator import LVISEvaluator
 from .optimizer import build_optimizer, clip_full_model, schedule_in_iterations
 
 __all__ = ["CoDETRTrainer", "StepTrainer", "autocast", "evaluate", "setup", "train"]
 
 logger = logging.getLogger(__name__)
-
-EVALUATORS = {"coco": COCOEvaluator, "lvis": LVISEvaluator}  # by evaluator_type
 
 
 def autocast(cfg: CfgNode) -> torch.autocast:

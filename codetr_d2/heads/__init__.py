@@ -6,6 +6,7 @@ from .auxiliary import AUX_HEAD_REGISTRY, AuxiliaryHead, build_auxiliary_head
 from .co_deformable_detr import CoDeformableDETRHead
 from .co_dino import CoDINOHead
 from .query_head import QUERY_HEAD_REGISTRY, QueryHead
+from .refine_mask import RefineMaskHead
 from .roi import CoROIHeads, CoRPN, ROIHead
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "QueryHead",
     "ROIHead",
     "RatioMajorAnchorGenerator",
+    "RefineMaskHead",
     "build_auxiliary_head",
 ]

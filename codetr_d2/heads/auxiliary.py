@@ -24,7 +24,8 @@ class AuxiliaryHead(nn.Module):
     """A detection head on the encoder's output, with its own one-to-many assignment.
 
     In training it supervises the encoder and hands its candidates on to the decoder as customised positive queries. The
-    detector's own inference never runs it; :meth:`inference` serves the evaluation of the branch by itself.
+    detector's own inference never runs it (but for the masks of the ROI head's branch, where it has one);
+    :meth:`inference` serves the evaluation of the branch by itself.
 
     The pyramid that it reads is the encoder's output with one coarser level appended.
 

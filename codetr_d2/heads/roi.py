@@ -131,7 +131,7 @@ class CoROIHeads(StandardROIHeads):
     * losses are divided by the number of sampled ROIs averaged over the processes.
 
     In training, the sampled proposals that are returned also have a field ``pooled_features``, [R, C]: the pooled
-    feature of the box head averaged over the ROI, with its gradient. Box losses are float32 under autocast too.
+    feature of the box head averaged over the ROI, with its gradient. Losses are float32 under autocast too.
     """
 
     @configurable
@@ -155,6 +155,8 @@ class CoROIHeads(StandardROIHeads):
     @torch.no_grad()
     def label_and_sample_proposals(self, proposals: list[Instances], targets: list[Instances]) -> list[Instances]:
         """See the base class."""
+        if not self.mask_on:  # masks that nobody reads would be copied for every sampled ROI
+            targets = [Instances(x.image_size, gt_boxes=x.gt_boxes, gt_classes=x.gt_classes) for x in targets]
         if self.proposal_prepend_gt:
             # detectron2's function appends; rolling the rows brings them to the front.
             proposals = [
@@ -181,6 +183,18 @@ class CoROIHeads(StandardROIHeads):
         losses = self.box_predictor.losses(predictions, proposals)
         return {name: loss * scale for name, loss in losses.items()}
 
+    def _forward_mask(
+        self, features: dict[str, Tensor], instances: list[Instances]
+    ) -> "dict[str, Tensor] | list[Instances]":
+        if not self.mask_on:
+            return super()._forward_mask(features, instances)
+        features = {name: features[name].float() for name in self.mask_in_features}  # see _forward_box
+        if not self.training:
+            return super()._forward_mask(features, instances)
+        count = sum((x.gt_classes < self.num_classes).sum() for x in instances).float()
+        scale = count / reduce_mean(count).clamp(min=1)
+        return {name: loss.float() * scale for name, loss in super()._forward_mask(features, instances).items()}
+
 
 class ROIHead(AuxiliaryHead):
     """Faster R-CNN as an auxiliary head.
@@ -189,7 +203,10 @@ class ROIHead(AuxiliaryHead):
     decoder are the ROIs that were sampled in training, positives first: a proposal's box as it was before its
     regression, and its pooled feature.
 
-    Losses: ``loss_rpn_cls``, ``loss_rpn_box``, ``loss_cls``, ``loss_box``.
+    With ``MODEL.MASK_ON`` and ``MODEL.CODETR.MASK_HEAD`` "roi" it has Mask R-CNN's branch, whose masks of the positive
+    ROIs are trained and which also predicts the masks of other detections, see :meth:`predict_masks`.
+
+    Losses: ``loss_rpn_cls``, ``loss_rpn_box``, ``loss_cls``, ``loss_box``, and with masks ``loss_mask``.
 
     Source: paper, section 3.2 and table 1.
     """
@@ -223,6 +240,7 @@ class ROIHead(AuxiliaryHead):
         cfg.MODEL.RPN.IN_FEATURES = level_names
         cfg.MODEL.ROI_HEADS.IN_FEATURES = level_names[:-1]
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.CODETR.NUM_CLASSES
+        cfg.MODEL.MASK_ON = cfg.MODEL.MASK_ON and cfg.MODEL.CODETR.MASK_HEAD == "roi"
         shapes = dict(zip(level_names, input_shapes))
         roi_heads = build_roi_heads(cfg, shapes)
         if not isinstance(roi_heads, CoROIHeads):
@@ -266,6 +284,20 @@ class ROIHead(AuxiliaryHead):
         proposals, _ = self.proposal_generator(images, features)
         detections, _ = self.roi_heads(images, features, proposals)
         return detections
+
+    @torch.no_grad()
+    def predict_masks(self, memory: FeaturePyramid, detections: list[Instances]) -> list[Instances]:
+        """Add the masks of any detections, in eval mode.
+
+        Args:
+            memory: the encoder's output, which lacks the coarsest level of the head's pyramid: masks don't use it.
+            detections: of each image, ``pred_boxes`` (xyxy pixels of the network input) and ``pred_classes``.
+
+        Returns:
+            The detections with ``pred_masks``, [N, 1, M, M] probabilities inside the boxes.
+        """
+        _, features = self._inputs(memory)
+        return self.roi_heads.forward_with_given_boxes(features, detections)
 
 
 @AUX_HEAD_REGISTRY.register()

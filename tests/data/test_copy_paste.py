@@ -156,7 +156,7 @@ def test_annotations_without_masks_are_named(make_coco, make_cfg, option):
     assert len(load_datasets(cfg, cfg.DATASETS.TRAIN, is_train=True)) == 2
     cfg.merge_from_list([option, True])
     with pytest.raises(
-        InputError, match=rf'annotations\.json: an object in .*a\.png \(bbox .*no "segmentation".*{option}'
+        InputError, match=rf'annotations\.json: annotations\[1\] \(id 2\) has no "segmentation".*{option}'
     ):
         load_datasets(cfg, cfg.DATASETS.TRAIN, is_train=True)
 

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import io
 import logging
 import math
@@ -13,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 
 from codetr_d2 import add_codetr_config
-from codetr_d2.data import class_names, load_datasets, register_datasets, register_metadata
+from codetr_d2.data import CoDETRDatasetMapper, class_names, load_datasets, register_datasets, register_metadata
 from codetr_d2.errors import InputError
 
 
@@ -154,6 +155,9 @@ def remove(*keys):
         (set_in("annotations", 1, "segmentation", [4, 5, 14, 5, 14, 17]), r"\(id 2\).*must be a list of polygons"),
         (set_in("annotations", 1, "segmentation", {"counts": [9], "size": [40, 30]}), r'RLE .*"size" \[30, 40\]'),
         (set_in("annotations", 1, "ignore", 1), r"annotations\[1\] \(id 2\).*ignore"),
+        (set_in("annotations", 1, "segmentation", [1, 2, 5, 2, 5, 7]), r"annotations\[1\] \(id 2\).*polygons.*RLE"),
+        (set_in("annotations", 1, "segmentation", {"size": [30, 40]}), r"annotations\[1\] \(id 2\).*segmentation"),
+        (set_in("annotations", 1, "segmentation", "a.png"), r"annotations\[1\] \(id 2\).*segmentation"),
         (set_in("images", 0, "file_name", "c.png"), "1 of the 2 images.*c.png"),
         (set_in("images", 0, "width", 41), "a.png is 40 x 30 pixels.*41 x 30"),
         (set_in("annotations", []), "has a valid box"),
@@ -288,3 +292,78 @@ def test_crowds_alone_are_nothing_to_learn(make_coco, make_cfg):
 
     with pytest.raises(InputError, match="has a valid box"):
         load(make_cfg(make_coco(change)))
+
+
+RLE = {"size": [30, 40], "counts": [155, 12, 18, 12, 18, 12, 18, 12, 943]}  # columns 5 to 8, rows 5 to 16
+
+
+def masks(*segmentations):
+    """Give the annotations these masks."""
+
+    def change(data):
+        for annotation, segmentation in zip(data["annotations"], segmentations):
+            annotation["segmentation"] = segmentation
+
+    return change
+
+
+POLYGON = [[4, 5, 14, 5, 14, 17]]
+
+
+@pytest.mark.parametrize(
+    "segmentations",
+    [
+        (POLYGON,),
+        (POLYGON, []),
+        (POLYGON, None),
+        (POLYGON, [[4, 5, 14, 5]]),
+        (POLYGON, [["a"] * 6]),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test", "test of a training"])
+def test_masks_that_are_missing_where_the_model_has_masks(make_coco, make_cfg, segmentations, split):
+    bad, good = make_coco(masks(*segmentations)), make_coco(masks(POLYGON, POLYGON), "good")
+    cfg = make_cfg(bad if split == "train" else good, good if split == "train" else bad)
+    cfg.MODEL.MASK_ON = True
+    message = r'annotations.json: annotations\[1\] \(id 2\) has (no|not a valid) "segmentation".*MODEL.MASK_ON False'
+    with pytest.raises(InputError, match=message):
+        load(cfg, is_train=split != "test")
+    cfg.MODEL.MASK_ON = False
+    load(cfg)
+
+
+def test_other_datasets_need_masks_too(make_coco, make_cfg, request):
+    """Those that are registered by other code have no annotation file to name."""
+    name = f"{request.node.name}/own"
+    cfg = make_cfg(make_coco(masks(POLYGON, POLYGON)))
+    cfg.MODEL.MASK_ON = True
+    dicts = copy.deepcopy(load(cfg))
+    [annotations] = [x["annotations"] for x in dicts if x["annotations"]]
+    del annotations[1]["segmentation"]
+    DatasetCatalog.register(name, lambda: dicts)
+    MetadataCatalog.get(name).thing_classes = ["bird", "fish"]
+    cfg.DATASETS.TRAIN = (name,)
+    with pytest.raises(InputError, match=f'annotation of .*a.png .in {name}.* has no "segmentation"'):
+        load(cfg)
+
+
+def test_run_lengths_need_bitmasks(make_coco, make_cfg):
+    cfg = make_cfg(make_coco(masks(POLYGON, RLE)))
+    cfg.MODEL.MASK_ON = True
+    with pytest.raises(InputError, match="annotations.json.*is an RLE.*Set INPUT.MASK_FORMAT bitmask"):
+        load(cfg)
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    mapper = CoDETRDatasetMapper(cfg, is_train=True)
+    cfg.INPUT.RANDOM_FLIP = "none"
+    [instances] = [x for x in (mapper(d)["instances"] for d in load(cfg)) if len(x)]
+    assert instances.gt_masks.tensor.shape[0] == 2
+
+
+def test_crowds_may_be_run_lengths(make_coco, make_cfg):
+    def change(data):
+        masks(POLYGON, RLE)(data)
+        data["annotations"][1]["iscrowd"] = 1
+
+    cfg = make_cfg(make_coco(change))
+    cfg.MODEL.MASK_ON = True
+    assert len(load(cfg)) == 2

@@ -5,8 +5,9 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data.transforms import AugInput, AugmentationList
-from detectron2.structures import BoxMode
+from detectron2.structures import BitMasks, BoxMode
 from PIL import Image
+from pycocotools import mask as mask_util
 
 from codetr_d2 import add_codetr_config
 from codetr_d2.data import CoDETRDatasetMapper, build_augmentations
@@ -164,29 +165,10 @@ def test_sizes_and_faulty_files(cfg, record):
         mapper(record)
 
 
-def test_masks_go_with_the_boxes_where_the_model_has_masks(cfg, record):
+def add_polygons(record):
     for annotation in record["annotations"]:
         x, y, w, h = annotation["bbox"]
         annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    assert not CoDETRDatasetMapper(cfg, is_train=True)(record)["instances"].has("gt_masks")
-    cfg.MODEL.MASK_ON = True
-    cfg.INPUT.CROP.ENABLED = True
-    mapper = CoDETRDatasetMapper(cfg, is_train=True)
-    np.random.seed(0)
-    for _ in range(5):
-        instances = mapper(record)["instances"]
-        expected = instances.gt_masks.get_bounding_boxes().tensor
-        np.testing.assert_allclose(instances.gt_boxes.tensor, expected, atol=1e-3)
-
-
-def test_an_image_without_objects_has_empty_masks(cfg, record):
-    cfg.MODEL.MASK_ON = True
-    cfg.INPUT.CROP.ENABLED = True
-    record["annotations"] = []
-    for mask_format in ("polygon", "bitmask"):
-        cfg.INPUT.MASK_FORMAT = mask_format
-        instances = CoDETRDatasetMapper(cfg, is_train=True)(record)["instances"]
-        assert len(instances) == len(instances.gt_masks) == 0
 
 
 @pytest.fixture
@@ -243,3 +225,43 @@ def test_large_scale_jitter_of_a_thin_picture(jitter):
     aug_input = AugInput(np.zeros((2, 900, 3), np.uint8))
     augmentations(aug_input)
     assert aug_input.image.shape == (400, 400, 3) and (aug_input.image == 0).any()
+
+
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+def test_masks_lie_on_the_pixels_of_their_objects(cfg, record, mask_format):
+    """After flip, crop and resize each mask still covers its colour; boxes are those of what is left of the masks."""
+    add_polygons(record)
+    if mask_format == "bitmask":  # one of them as an RLE
+        polygon = record["annotations"][1]["segmentation"]
+        [record["annotations"][1]["segmentation"]] = mask_util.frPyObjects(polygon, 480, 640)
+    cfg.MODEL.MASK_ON = True
+    cfg.INPUT.MASK_FORMAT = mask_format
+    cfg.INPUT.CROP.ENABLED = True
+    mapper = CoDETRDatasetMapper(cfg, is_train=True)
+    np.random.seed(0)
+    for _ in range(10):
+        mapped = mapper(record)
+        instances = mapped["instances"]
+        masks = instances.gt_masks
+        if mask_format == "polygon":
+            masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
+        edges = masks.get_bounding_boxes().tensor
+        np.testing.assert_allclose(instances.gt_boxes.tensor, edges, atol=1.0)
+        for mask, label in zip(masks.tensor, instances.gt_classes):
+            coloured = mapped["image"][label] > 127
+            assert (mask & coloured).sum() > 0.97 * (mask | coloured).sum()
+
+
+def test_images_without_objects_where_the_model_has_masks(cfg, record):
+    """Boxes are recomputed from masks, of which there are none."""
+    cfg.MODEL.MASK_ON = True
+    cfg.INPUT.CROP.ENABLED = True
+    add_polygons(record)
+    for annotation in record["annotations"]:
+        annotation["iscrowd"] = 1
+    for mask_format, annotations in (("polygon", record["annotations"]), ("bitmask", [])):
+        cfg.INPUT.MASK_FORMAT = mask_format
+        mapped = CoDETRDatasetMapper(cfg, is_train=True)({**record, "annotations": annotations})
+        assert len(mapped["instances"].gt_masks) == 0
+        assert mapped["instances"].gt_boxes.tensor.shape == (0, 4) and "annotations" not in mapped
+        assert mapped["instances"].image_size == tuple(mapped["image"].shape[1:])

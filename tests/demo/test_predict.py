@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from PIL import Image
+from pycocotools import mask as mask_util
 
 from codetr_d2 import add_codetr_config
 from codetr_d2.visualization import draw_annotations
@@ -68,6 +69,23 @@ def test_finds_what_the_default_predictor_finds(predict, options, run_folder, pi
     assert [x["category_id"] for x in entry["detections"]] == found.pred_classes.tolist()
     assert [x["category_name"] for x in entry["detections"]] == [str(c) for c in found.pred_classes.tolist()]
     assert Image.open(tmp_path / "out" / "x.png").size == (640, 480)  # enlarged, so that names can be read
+
+
+def test_masks(predict, picture, tmp_path):
+    """Run-length encoded in detections.json, with the scores of their own, and inside the boxes."""
+    write_tiny_run(tmp_path, opts=("MODEL.MASK_ON", True, "MODEL.CODETR.MASK_HEAD", "refine"))
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    options = [f"--output={tmp_path / 'out'}", f"--config-file={tmp_path / 'config.yaml'}"]
+    predict([str(tmp_path / "x.png"), *options, f"--score-threshold={THRESHOLD}"])
+    (entry,) = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert entry["detections"]
+    for detection in entry["detections"]:
+        mask = mask_util.decode(detection["segmentation"])
+        assert mask.shape == (60, 80) and 0 < detection["mask_score"] < detection["score"]
+        x, y, width, height = detection["bbox"]
+        left, top, columns, rows = mask_util.toBbox(detection["segmentation"])
+        if mask.any():
+            assert left >= x - 1 and top >= y - 1 and left + columns <= x + width + 1 and top + rows <= y + height + 1
 
 
 def test_folder_with_a_picture_that_cannot_be_read(predict, options, picture, tmp_path):

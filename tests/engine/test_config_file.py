@@ -135,6 +135,13 @@ VIT = [
         ([*JITTER, "INPUT.CROP.ENABLED", "True"], 1, r"CROP\.ENABLED and INPUT\.LARGE.*exclude each other"),
         (["INPUT.COPY_PASTE.ENABLED", "True"], 1, r"COPY_PASTE\.ENABLED needs .*LARGE_SCALE_JITTER\.ENABLED True"),
         ([*JITTER, *COPY_PASTE, "INPUT.COPY_PASTE.MAX_NUM_PASTED", "0"], 1, r"MAX_NUM_PASTED is 0"),
+        (["MODEL.MASK_ON", "True", "MODEL.CODETR.MASK_HEAD", "fcn"], 1, r"MASK_HEAD is 'fcn'; it may be: roi, refine"),
+        (
+            ["MODEL.MASK_ON", "True", "MODEL.CODETR.AUX_HEADS", "['atss']"],
+            1,
+            r'MASK_HEAD is "roi".*add "roi" to MODEL\.CODETR\.AUX_HEADS.*"refine"',
+        ),
+        (["MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT", "rle"], 1, r"MASK_FORMAT is 'rle'.*polygon, bitmask"),
         (["MODEL.WEIGHTS", "none.pth"], 1, r"MODEL\.WEIGHTS: there is no file none\.pth"),
     ],
 )
@@ -153,6 +160,13 @@ def test_good_values_pass(config_file):
     canvas = ["MODEL.EVA02.IMAGE_SIZE", "1536", "MODEL.CODETR.CANVAS_SIZE", "1536"]
     check_config(load_config(str(config_file), [*CODETR, *VIT, *canvas]))
     check_config(load_config(str(config_file), [*opts, *JITTER, *COPY_PASTE]))
+
+
+def test_heads_for_masks_pass(config_file):
+    opts = [*CODETR, "MODEL.MASK_ON", "True"]
+    check_config(load_config(str(config_file), opts))
+    opts += ["MODEL.CODETR.AUX_HEADS", "[]", "MODEL.CODETR.MASK_HEAD", "refine"]
+    check_config(load_config(str(config_file), opts))
 
 
 def test_weights_are_not_needed_where_a_run_is_resumed(config_file, tmp_path):

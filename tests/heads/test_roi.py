@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -5,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_anchor_generator, build_proposal_generator, build_roi_heads
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
 from torchvision.ops import box_iou, generalized_box_iou_loss
@@ -358,3 +360,89 @@ def test_wrong_options_are_named(cfg, input_shapes):
     cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     with pytest.raises(InputError, match="ROI_HEADS.NAME"):
         build_auxiliary_head("roi", cfg, input_shapes)
+
+
+def add_rectangles(targets):
+    """Give each object its box as its mask."""
+    boxes = targets.gt_boxes.tensor.tolist()
+    targets.gt_masks = PolygonMasks([[[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in boxes])
+    return targets
+
+
+def test_masks_of_the_published_size(cfg, input_shapes):
+    """Mask R-CNN's branch of the published model: four convolutions, a deconvolution, one mask for each class."""
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 4
+    cfg.MODEL.CODETR.NUM_CLASSES = 80
+    shapes = [ShapeSpec(channels=256, stride=x.stride) for x in input_shapes]
+    head = build_auxiliary_head("roi", cfg, shapes).roi_heads
+    sizes = [tuple(x.shape) for x in head.mask_head.parameters() if x.dim() == 4]
+    assert sizes == [(256, 256, 3, 3)] * 4 + [(256, 256, 2, 2), (80, 256, 1, 1)]
+    assert head.mask_pooler.output_size == (14, 14) and len(head.mask_pooler.level_poolers) == 4
+    cfg.MODEL.CODETR.MASK_HEAD = "refine"
+    assert not build_auxiliary_head("roi", cfg, shapes).roi_heads.mask_on
+
+
+def test_mask_loss(cfg, input_shapes, make_pyramid, make_targets, storage):
+    """The mean over the pixels of all positive ROIs, computed again from what the head hands on."""
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
+    sizes = [(96, 128), (80, 90)]
+    pyramid = make_pyramid(sizes)
+    targets = [
+        add_rectangles(make_targets(sizes[0], [[10, 10, 60, 70], [50, 20, 120, 90]], [2, 0])),
+        make_targets(sizes[1], [], []),
+    ]
+    head = build_auxiliary_head("roi", cfg, input_shapes)
+    losses, samples = head(pyramid, targets)
+    assert set(losses) == LOSSES | {"loss_mask"}
+    is_positive = samples.labels[0] < 3
+    boxes, labels = samples.boxes[0][is_positive], samples.labels[0][is_positive]
+    assert len(boxes) >= 2 and (samples.labels[1] == 3).all()
+    heads = head.roi_heads
+    pooled = heads.mask_pooler(pyramid.maps()[:4], [Boxes(boxes), Boxes(boxes[:0])])
+    logits = heads.mask_head.layers(pooled)[torch.arange(len(boxes)), labels]
+    truth = []
+    for box, target in zip(boxes, samples.target_boxes[0][is_positive]):  # cells whose centre the object covers
+        centres = box[:2, None] + (torch.arange(28) + 0.5) / 28 * (box[2:] - box[:2])[:, None]
+        inside = (centres > target[:2, None]) & (centres < target[2:, None])
+        truth.append(inside[1][:, None] & inside[0])
+    expected = F.binary_cross_entropy_with_logits(logits, torch.stack(truth).float())
+    torch.testing.assert_close(losses["loss_mask"], expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("empty", [(0,), (0, 1)])
+def test_masks_of_images_without_objects(cfg, input_shapes, make_pyramid, make_targets, storage, empty):
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
+    sizes = [(96, 128), (80, 90)]
+    targets = [add_rectangles(make_targets(size, [[10, 10, 60, 70]], [2])) for size in sizes]
+    for i in empty:
+        targets[i] = make_targets(sizes[i], [], [])
+    head = build_auxiliary_head("roi", cfg, input_shapes)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, _ = head(make_pyramid(sizes), targets)
+    assert losses["loss_mask"].dtype == torch.float32 and (losses["loss_mask"] > 0) == (len(empty) == 1)
+    sum(losses.values()).backward()
+    assert [name for name, x in head.named_parameters() if x.grad is None] == []
+
+
+@torch.no_grad()
+def test_masks_of_given_detections(cfg, input_shapes, make_pyramid):
+    """The head's own detections get the same masks where they are given to it."""
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
+    pyramid = make_pyramid([(96, 128), (80, 90)])
+    head = build_auxiliary_head("roi", cfg, input_shapes).eval()
+    own = head.inference(pyramid)
+    n = sum(h * w for h, w in pyramid.shapes[:-1])
+    memory = dataclasses.replace(
+        pyramid, tokens=pyramid.tokens[:, :n], shapes=pyramid.shapes[:-1], strides=pyramid.strides[:-1]
+    )
+    masks = [x.pred_masks.clone() for x in own]
+    for x in own:
+        x.remove("pred_masks")
+    for x, mask in zip(head.predict_masks(memory, own), masks):
+        assert mask.shape == (len(x), 1, 28, 28) and len(x) > 10
+        torch.testing.assert_close(x.pred_masks, mask)

@@ -86,6 +86,22 @@ def test_report_of_a_finished_run(quick_start, make_run, monkeypatch, capsys):
         assert min(pixels.shape[:2]) > 400 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
 
+def test_report_of_a_run_with_masks(quick_start, make_run, monkeypatch, capsys):
+    """Masks have a table and curves of their own."""
+    output = make_run()
+    lines = metrics_lines()
+    lines[-1] |= {f"segm/{name}": value / 2 for name, value in FINAL.items()}
+    (output / "metrics.json").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    run_main(quick_start, monkeypatch, "--output", output)
+    printed = capsys.readouterr().out
+    assert "Box AP on" in printed and "Mask AP on" in printed
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert [x.strip() for x in rows[5].strip("|").split("|")] == ["30.5", "36.2", "32.5", "27.5", "35.0", "nan"]
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["AP"] == {**FINAL, "APl": None}
+    assert summary["mask_AP"] == {**{k: v / 2 for k, v in FINAL.items()}, "APl": None}
+
+
 def test_next_command_works(quick_start, make_run, monkeypatch):
     output = make_run()
     run_main(quick_start, monkeypatch, "--output", output)

@@ -10,7 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from codetr_d2.data.lvis import load_lvis
-from codetr_d2.engine.lvis_evaluator import LVISEvaluator
+from codetr_d2.evaluation import LVISEvaluator
 
 HEIGHT, WIDTH = 192, 256
 RECORDED = {
