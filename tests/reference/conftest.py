@@ -14,6 +14,7 @@ from tests.reference.recordings import (
     find_cases,
     recorded_inputs,
 )
+from tests.reference.run_masks import run_masks
 from tests.reference.run_model import run_inference, run_training
 
 
@@ -41,7 +42,11 @@ def forward(request):
         arrays = {name: torch.from_numpy(recording[name]) for name in recording.files if name != "meta_json"}
         meta = json.loads(str(recording["meta_json"]))
     require_config(meta)
-    return arrays, meta, run_inference(build_recorded_model(folder, meta), recorded_inputs(meta), arrays)
+    model, batch = build_recorded_model(folder, meta), recorded_inputs(meta)
+    ours = run_inference(model, batch, arrays)
+    if "masks" in arrays:
+        ours |= run_masks(model, batch, arrays, meta)
+    return arrays, meta, ours
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,11 +12,14 @@ TOLERANCE = 1e-4  # features, logits, normalised boxes
 PIXELS = 1e-2
 DETECTIONS = re.compile(r"(det|det_nonms|roi_det|atss_det)_(boxes|scores|labels)_\d+|proposals_\d+")
 
+# What our model is given, and what has a test of its own.
+GIVEN = {"roi_in", "mask_det_indices", "mask_rois", "mask_labels", "masks"}
+
 
 def test_arrays(forward):
     """Every recorded array that is not a list of detections."""
     recorded, meta, ours = forward
-    names = [name for name in recorded if not DETECTIONS.fullmatch(name) and name != "roi_in"]
+    names = [name for name in recorded if not DETECTIONS.fullmatch(name) and name not in GIVEN]
     assert names
     problems = []
     for name in names:
@@ -85,3 +89,13 @@ def test_proposals(forward):
         distance = (value[:, None, :4] - expected[None, :, :4]).abs().amax(-1)
         scores = (value[:, None, 4] - expected[None, :, 4]).abs()
         assert ((distance < PIXELS) & (scores < TOLERANCE)).any(0).all()
+
+
+def test_masks(forward):
+    """Masks in the original image, pixel by pixel but for a few at the threshold."""
+    recorded, _, ours = forward
+    if "masks" not in recorded:
+        pytest.skip("this recording holds no masks")
+    masks = ours["masks"].flatten(1).numpy()
+    expected = np.unpackbits(recorded["masks"].numpy(), axis=1)[:, : masks.shape[1]]
+    assert expected.sum() > 1000 and (masks != expected).sum() <= 5
