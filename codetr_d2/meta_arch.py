@@ -107,6 +107,11 @@ class CoDETR(nn.Module):
                 f"MODEL.CODETR.NECK is empty, but {options.IN_FEATURES} are not {options.NUM_FEATURE_LEVELS} features "
                 f"of {options.EMBED_DIM} channels (MODEL.CODETR.NUM_FEATURE_LEVELS, EMBED_DIM); set it to ChannelMapper"
             )
+        if options.CANVAS_SIZE % max(backbone.size_divisibility, 1):
+            raise InputError(
+                f"MODEL.CODETR.CANVAS_SIZE is {options.CANVAS_SIZE}, but {cfg.MODEL.BACKBONE.NAME} takes images whose "
+                f"sides are multiples of {backbone.size_divisibility}"
+            )
         level_shapes = [ShapeSpec(channels=options.EMBED_DIM, stride=stride) for stride in [*strides, 2 * strides[-1]]]
         return {
             "backbone": backbone,
@@ -153,13 +158,11 @@ class CoDETR(nn.Module):
         for name, head in self.auxiliary_heads.items():
             head_losses, samples[name] = head(auxiliary_pyramid, instances)
             losses.update({f"{k}_{name}": v * self.auxiliary_weight for k, v in head_losses.items()})
-        losses.update(self.query_head.losses(memory, samples, instances))
+        query_losses, output = self.query_head.losses(memory, samples, instances)
+        losses.update(query_losses)
         if self.mask_head is not None:
-            with torch.no_grad():
-                output = self.query_head.predict(memory)
-                detections = detections_from_queries(
-                    output.logits[-1], output.boxes[-1], memory.image_sizes, self.query_head.max_detections
-                )
+            logits, boxes = output.logits[-1].detach(), output.boxes[-1].detach()
+            detections = detections_from_queries(logits, boxes, memory.image_sizes, self.query_head.max_detections)
             losses.update(self.mask_head.losses(memory, detections, instances))
         return losses
 

@@ -49,9 +49,10 @@ def train_step(model, batch) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("aux_heads", [(), ("roi",), ("atss",), ("roi", "atss"), ("atss", "atss")])
 @pytest.mark.parametrize("num_objects", [(3, 1), (0, 2), (0, 0)])
-def test_every_parameter_is_trained(aux_heads, num_objects):
+@pytest.mark.parametrize("query_head", ["CoDeformableDETRHead", "CoDINOHead"])
+def test_every_parameter_is_trained(query_head, aux_heads, num_objects):
     """Any mix of heads, also without objects: finite losses, and a finite gradient for every parameter."""
-    model = build(aux_heads=aux_heads)
+    model = build("MODEL.CODETR.QUERY_HEAD", query_head, aux_heads=aux_heads)
     losses = train_step(model, make_batch(*num_objects))
     assert all(torch.isfinite(x) for x in losses.values())
     for name in auxiliary_head_names(list(aux_heads)):
@@ -60,10 +61,14 @@ def test_every_parameter_is_trained(aux_heads, num_objects):
     assert not missing
 
 
-def test_auxiliary_heads_leave_the_detector_as_it_is():
+@pytest.mark.parametrize("query_head", ["CoDeformableDETRHead", "CoDINOHead"])
+def test_auxiliary_heads_leave_the_detector_as_it_is(query_head):
     """K = 0 with the weights of K = 2: the same losses of the detector itself, and the same detections."""
     torch.manual_seed(1)
-    collaborative, plain = build(), build(aux_heads=())
+    # Without noise, as the auxiliary heads draw random numbers before the denoising queries do.
+    options = ["MODEL.CODETR.QUERY_HEAD", query_head]
+    options += ["MODEL.CODETR.DENOISING.LABEL_NOISE", 0.0, "MODEL.CODETR.DENOISING.BOX_NOISE", 0.0]
+    collaborative, plain = build(*options), build(*options, aux_heads=())
     shared = {k: v for k, v in collaborative.state_dict().items() if k in plain.state_dict()}
     plain.load_state_dict(shared)
     batch = make_batch(3, 1)
@@ -209,6 +214,51 @@ def test_masks_are_all_that_inference_reads_of_the_auxiliary_heads():
 def test_masks_of_the_roi_head_need_it():
     with pytest.raises(InputError, match='MASK_HEAD is "roi".*AUX_HEADS has no "roi"'):
         build("MODEL.MASK_ON", True, aux_heads=("atss",))
+
+
+def test_denoising_leaves_the_matching_queries_as_they_are():
+    """Co-DINO with and without denoising queries: the same losses of the matching ones."""
+    torch.manual_seed(1)
+    model = build("MODEL.CODETR.QUERY_HEAD", "CoDINOHead", aux_heads=())
+    plain = build("MODEL.CODETR.QUERY_HEAD", "CoDINOHead", "MODEL.CODETR.DENOISING.NUM_QUERIES", 0, aux_heads=())
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    batch = make_batch(3, 1)
+    with_noise, without = train_step(model, batch), train_step(plain, batch)
+    assert {name for name in with_noise if name not in without} == {
+        f"loss_{kind}_dn{layer}" for kind in ("cls", "box", "giou") for layer in ("", "_0")
+    }
+    for name, value in without.items():
+        torch.testing.assert_close(with_noise[name], value)
+
+
+def test_canvas():
+    """Images on a canvas equal images that were padded to it before, and detections lie in the image's own pixels."""
+    model = build("MODEL.CODETR.CANVAS_SIZE", 160).eval()
+    [sample] = make_batch(2)
+    image = sample["image"]
+    padded = torch.full((3, 160, 160), 114.0)
+    padded[:, :96, :128] = image
+    with torch.no_grad():
+        pyramid = model.extract_features(model.preprocess([sample]))
+        again = model.extract_features(model.preprocess([{"image": padded}]))
+        assert torch.equal(pyramid.tokens, again.tokens) and not pyramid.padding_mask.any()
+        assert pyramid.image_sizes == pyramid.padded_sizes == [(160, 160)]
+        assert (pyramid.valid_ratios == 1).all()
+        [small] = model([{"image": image, "height": 192, "width": 256}])
+        [raw] = model([{"image": padded}])
+    small, raw = small["instances"], raw["instances"]
+    assert small.image_size == (192, 256)
+    raw.pred_boxes.scale(2, 2)
+    raw.pred_boxes.clip((192, 256))
+    raw = raw[raw.pred_boxes.nonempty()]
+    torch.testing.assert_close(small.pred_boxes.tensor, raw.pred_boxes.tensor)
+    with pytest.raises(InputError, match="128 x 170 pixels, larger than MODEL.CODETR.CANVAS_SIZE"):
+        model([{"image": torch.zeros(3, 170, 128)}])
+
+
+def test_a_neck_is_needed_where_features_are_no_levels():
+    with pytest.raises(InputError, match="MODEL.CODETR.NECK is empty.*ChannelMapper"):
+        build("MODEL.CODETR.NECK", "")
 
 
 def test_names_of_heads():

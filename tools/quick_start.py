@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Train a small Co-DETR on this machine, evaluate it, and draw what it finds: what `make quickstart` runs.
 
-    python tools/quick_start.py digits|nuclei|trees [--output DIR] [--fresh]
+    python tools/quick_start.py digits|nuclei|trees [--model co_dino] [--output DIR] [--fresh]
 
-It prepares the dataset and the backbone's weights, runs train_net.py with the dataset's config in configs/quick_start,
-and writes predictions.png, curves.png and summary.json beside the checkpoints. An interrupted run is gone on with; of a
-finished one, only the report is made anew, unless --fresh.
+It prepares the dataset and the backbone's weights, runs train_net.py with the config of model and dataset in
+configs/quick_start (a Co-DINO is there for digits and nuclei), and writes predictions.png, curves.png and summary.json
+beside the checkpoints. An interrupted run is gone on with; of a finished one, only the report is made anew, unless
+--fresh.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from codetr_d2.visualization import draw_annotations, draw_predictions
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARE = {"digits": prepare_digits.prepare, "nuclei": prepare_nuclei.prepare, "trees": prepare_trees.prepare}
+MODELS = ("co_deformable_detr", "co_dino")
 DATASETS = Path("datasets")
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 TASKS = {"bbox": "box", "segm": "mask"}  # the latter where the model has masks
@@ -143,13 +145,18 @@ def draw_curves(metrics: list[dict], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", choices=sorted(PREPARE))
-    parser.add_argument("--output", type=Path, help="folder of the run (default: output/quick_start/DATASET)")
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="folder of the run (default: output/quick_start/DATASET[_co_dino])")
     parser.add_argument("--fresh", action="store_true", help="train anew; an older run is renamed, not deleted")
     args = parser.parse_args()
-    output = args.output.absolute() if args.output else ROOT / "output" / "quick_start" / args.dataset
+    name = args.dataset if args.model == MODELS[0] else f"{args.dataset}_{args.model}"
+    output = args.output.absolute() if args.output else ROOT / "output" / "quick_start" / name
     os.chdir(ROOT)  # the paths in the configs are relative to it
     output = Path(os.path.relpath(output)) if output.is_relative_to(ROOT) else output
 
+    config_file = Path(f"configs/quick_start/{args.model}_efficientnet_lite0_{args.dataset}.yaml")
+    if not config_file.is_file():
+        raise InputError(f"--model {args.model}: there is no {config_file}")
     PREPARE[args.dataset](DATASETS / args.dataset)
     prepare_efficientnet.prepare(DATASETS / "weights" / "tf_efficientnet_lite0.pth")
     if args.fresh and output.exists():
@@ -162,7 +169,6 @@ def main() -> None:
         seconds, resumed = before.get("train_and_evaluate_seconds"), before.get("resumed", True)
     else:
         resumed = (output / "last_checkpoint").is_file()
-        config_file = Path(f"configs/quick_start/co_deformable_detr_efficientnet_lite0_{args.dataset}.yaml")
         seconds = round(train(config_file, output), 1)
 
     cfg, predictor = load_model(output)

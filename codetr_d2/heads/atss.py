@@ -15,6 +15,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from ..assigners.atss import assign_atss
 from ..distributed import reduce_mean
+from ..layers import soft_nms
 from ..structures import FeaturePyramid, PositiveSamples
 from .anchors import valid_anchors
 from .auxiliary import AUX_HEAD_REGISTRY, AuxiliaryHead
@@ -47,6 +48,7 @@ class ATSSHead(AuxiliaryHead):
         loss_weights: dict[str, float],
         pre_nms_topk: int = 1000,
         nms_thresh: float = 0.6,
+        soft_nms: bool = False,
         detections_per_image: int = 100,
     ) -> None:
         """
@@ -61,6 +63,7 @@ class ATSSHead(AuxiliaryHead):
             loss_weights: factor of each loss, by its name.
             pre_nms_topk: (cell, class) pairs of each level that go into non-maximum suppression.
             nms_thresh: IoU above which the lower score of a class is suppressed.
+            soft_nms: lower that score instead (:func:`codetr_d2.layers.soft_nms`).
             detections_per_image: the largest number of detections of an image.
         """
         super().__init__()
@@ -70,6 +73,7 @@ class ATSSHead(AuxiliaryHead):
         self.loss_weights = loss_weights
         self.pre_nms_topk = pre_nms_topk
         self.nms_thresh = nms_thresh
+        self.soft_nms = soft_nms
         self.detections_per_image = detections_per_image
         self.box2box_transform = Box2BoxTransform(weights=tuple(bbox_reg_weights))
         self.anchor_generator = DefaultAnchorGenerator(
@@ -123,6 +127,7 @@ class ATSSHead(AuxiliaryHead):
             },
             "pre_nms_topk": cfg.MODEL.ATSS.PRE_NMS_TOPK_TEST,
             "nms_thresh": cfg.MODEL.ATSS.NMS_THRESH_TEST,
+            "soft_nms": cfg.MODEL.ATSS.SOFT_NMS,
             "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
         }
 
@@ -244,8 +249,13 @@ class ATSSHead(AuxiliaryHead):
         boxes.clip(image_size)
         keep = boxes.nonempty()
         boxes, scores, classes = boxes[keep], scores[keep], classes[keep]
-        keep = batched_nms(boxes.tensor, scores, classes, self.nms_thresh)[: self.detections_per_image]
-        return Instances(image_size, pred_boxes=boxes[keep], scores=scores[keep], pred_classes=classes[keep])
+        if self.soft_nms:
+            keep, scores = soft_nms(boxes.tensor, scores, classes, self.nms_thresh)
+        else:
+            keep = batched_nms(boxes.tensor, scores, classes, self.nms_thresh)
+            scores = scores[keep]
+        result = Instances(image_size, pred_boxes=boxes[keep], scores=scores, pred_classes=classes[keep])
+        return result[: self.detections_per_image]
 
 
 def _centerness(anchors: Tensor, gt_boxes: Tensor) -> Tensor:

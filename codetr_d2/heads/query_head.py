@@ -88,7 +88,7 @@ class QueryHead(nn.Module):
 
     def losses(
         self, memory: FeaturePyramid, samples: dict[str, PositiveSamples], instances: list[Instances]
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], DecoderOutput]:
         """
         Args:
             memory: the encoder's output.
@@ -96,7 +96,8 @@ class QueryHead(nn.Module):
             instances: the ground truth of each image, boxes in pixels of the network input.
 
         Returns:
-            The losses of :class:`SetCriterion`, those of the positive queries with ``_aux_<head>`` in their names.
+            The losses of :class:`SetCriterion`, those of the positive queries with ``_aux_<head>`` in their names, and
+            the predictions for the matching queries.
         """
         proposals = self.proposals(memory)
         index = self.best_proposals(proposals)
@@ -104,8 +105,9 @@ class QueryHead(nn.Module):
         groups = [self.matching_queries(proposals, index), *self.extra_queries(targets)]
         for head, module in zip(samples, self.positive_queries):
             groups.append(module(samples[head], memory.image_sizes_xyxy, name=f"_aux_{head}"))
-        losses = self.criterion(self.decoder(groups, memory), self.encoder_output(proposals, index), targets)
-        return {k: v * self.positive_weight if "_aux_" in k else v for k, v in losses.items()}
+        outputs = self.decoder(groups, memory)
+        losses = self.criterion(outputs, self.encoder_output(proposals, index), targets)
+        return {k: v * self.positive_weight if "_aux_" in k else v for k, v in losses.items()}, outputs[0]
 
     def inference(self, memory: FeaturePyramid) -> list[Instances]:
         """The detections of each image, in pixels of the network input."""

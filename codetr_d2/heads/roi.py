@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..assigners.max_iou import MaxIoUMatcher
 from ..distributed import reduce_mean
 from ..errors import InputError
+from ..layers import soft_nms
 from ..structures import FeaturePyramid, PositiveSamples
 from .anchors import valid_anchors
 from .auxiliary import AUX_HEAD_REGISTRY, AuxiliaryHead
@@ -135,14 +136,17 @@ class CoROIHeads(StandardROIHeads):
     """
 
     @configurable
-    def __init__(self, *, proposal_prepend_gt: bool = True, **kwargs) -> None:
+    def __init__(self, *, proposal_prepend_gt: bool = True, soft_nms: bool = False, **kwargs) -> None:
         """
         Args:
             proposal_prepend_gt: put the ground-truth boxes before the proposals in training.
+            soft_nms: lower the scores of detections that overlap instead of dropping them
+                (:func:`codetr_d2.layers.soft_nms`).
             kwargs: those of ``StandardROIHeads``.
         """
         super().__init__(**kwargs, proposal_append_gt=False)
         self.proposal_prepend_gt = proposal_prepend_gt
+        self.soft_nms = soft_nms
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -150,6 +154,7 @@ class CoROIHeads(StandardROIHeads):
         if ret["train_on_pred_boxes"]:
             raise InputError("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES: CoROIHeads has no such training; set it to False")
         ret["proposal_prepend_gt"] = ret.pop("proposal_append_gt")
+        ret["soft_nms"] = cfg.MODEL.ROI_HEADS.SOFT_NMS
         return ret
 
     @torch.no_grad()
@@ -173,6 +178,8 @@ class CoROIHeads(StandardROIHeads):
         pooled = self.box_pooler(maps, [x.proposal_boxes for x in proposals])  # [R, C, 7, 7]
         predictions = tuple(x.float() for x in self.box_predictor(self.box_head(pooled)))
         if not self.training:
+            if self.soft_nms:
+                return self._soft_nms_inference(predictions, proposals)
             return self.box_predictor.inference(predictions, proposals)[0]
 
         counts = [len(x) for x in proposals]
@@ -182,6 +189,22 @@ class CoROIHeads(StandardROIHeads):
         scale = sum(counts) / reduce_mean(pooled.new_tensor(float(sum(counts)))).clamp(min=1)
         losses = self.box_predictor.losses(predictions, proposals)
         return {name: loss * scale for name, loss in losses.items()}
+
+    def _soft_nms_inference(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> list[Instances]:
+        """What the box predictor's inference does, with soft-NMS in the place of NMS."""
+        predictor, results = self.box_predictor, []
+        all_boxes = predictor.predict_boxes(predictions, proposals)  # of each image [R, 4 * K], or [R, 4] for all
+        for boxes, scores, x in zip(all_boxes, predictor.predict_probs(predictions, proposals), proposals):
+            region, classes = torch.nonzero(scores[:, :-1] > predictor.test_score_thresh, as_tuple=True)
+            boxes = boxes.view(len(boxes), -1, 4).expand(-1, self.num_classes, -1)
+            found = Instances(x.image_size, pred_boxes=Boxes(boxes[region, classes]), pred_classes=classes)
+            found.pred_boxes.clip(x.image_size)
+            scores = scores[region, classes]
+            kept, scores = soft_nms(found.pred_boxes.tensor, scores, classes, predictor.test_nms_thresh)
+            found = found[kept]
+            found.scores = scores
+            results.append(found[: predictor.test_topk_per_image])
+        return results
 
     def _forward_mask(
         self, features: dict[str, Tensor], instances: list[Instances]

@@ -179,6 +179,17 @@ def test_inference_ranks_by_class_and_centerness(head, make_pyramid):
         assert len(detections) <= 5  # one of each level
 
 
+def test_soft_nms_lowers_scores_instead_of_dropping(head, make_pyramid):
+    head.nms_thresh, head.detections_per_image = 0.3, 10**6
+    pyramid = make_pyramid(SIZES)
+    hard = head.inference(pyramid)
+    head.soft_nms = True
+    for kept, soft in zip(hard, head.inference(pyramid)):
+        assert len(soft) > len(kept)
+        assert (soft.scores.diff() <= 0).all()
+        assert kept.scores[0] == soft.scores[0] and torch.equal(kept.pred_boxes.tensor[0], soft.pred_boxes.tensor[0])
+
+
 def test_learns_a_few_objects(head, make_pyramid, targets):
     """Overfitted to a random pyramid, the head detects its objects."""
     pyramid = make_pyramid(SIZES)

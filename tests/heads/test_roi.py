@@ -213,6 +213,31 @@ def test_detections_equal_detectron2(d2_cfg, shapes, make_pyramid):
             assert torch.equal(x.scores, y.scores) and torch.equal(x.pred_classes, y.pred_classes)
 
 
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_soft_nms_at_a_threshold_that_nothing_reaches(d2_cfg, shapes, make_pyramid, class_agnostic):
+    """Neither kind of NMS changes anything then: the detections are those of detectron2."""
+    d2_cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = 1.1
+    d2_cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.01
+    d2_cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = class_agnostic
+    heads = build_roi_heads(d2_cfg, shapes).eval()
+    pyramid = make_pyramid([(64, 96)])
+    features = dict(zip(NAMES, pyramid.maps()))
+    corner = torch.rand(30, 2) * 40
+    proposals = [Instances((64, 96), proposal_boxes=Boxes(torch.cat((corner, corner + 20), dim=1)))]
+    images = ImageList(torch.zeros(1, 3, 64, 96), [(64, 96)])
+    with torch.no_grad():
+        [hard] = heads(images, features, proposals)[0]
+        heads.soft_nms = True
+        [soft] = heads(images, features, proposals)[0]
+        heads.box_predictor.test_nms_thresh = 0.3
+        [lowered] = heads(images, features, proposals)[0]
+    assert len(hard) > 30
+    torch.testing.assert_close(soft.scores, hard.scores)
+    torch.testing.assert_close(soft.pred_boxes.tensor, hard.pred_boxes.tensor)
+    assert torch.equal(soft.pred_classes, hard.pred_classes)
+    assert lowered.scores[0] == hard.scores[0] and lowered.scores[-1] < hard.scores[-1]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_proposals_have_a_threshold_of_their_own_at_inference(
     d2_cfg, shapes, make_pyramid, make_targets, storage, training

@@ -54,6 +54,16 @@ def test_too_few_candidates_leave_empty_slots():
     assert chosen.padding_mask.sum(1).tolist() == [7, 0]
 
 
+def test_queries_of_content_alone():
+    """Co-DINO's: positions are the decoder's to make, and features are not used."""
+    module = PositiveQueries(8, NUM_CLASSES, 300, 4, "negatives", content_only=True)
+    samples = make_samples(5, 3)
+    group = module(samples, torch.tensor([[100.0, 50, 100, 50], [80, 80, 80, 80]]), name="_aux_roi")
+    assert group.position is None and group.content.shape == (2, 5, 8)
+    group.content.square().sum().backward()
+    assert all(p.grad is not None for p in module.parameters()) and samples.features[0].grad is None
+
+
 def test_queries():
     module = PositiveQueries(8, NUM_CLASSES, max_per_head=300, min_per_head=4, padding="negatives")
     samples = make_samples(5, 3)
