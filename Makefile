@@ -28,8 +28,9 @@ endif
 .PHONY: help
 help:
 	@echo 'make quickstart          train a small Co-DETR on handwritten digits, evaluate it and draw its predictions'
-	@echo 'make quickstart-trees    the same on photographs of tree crowns'
-	@echo 'make quickstart-nuclei   the same on a micrograph of cell nuclei, with their masks'
+	@echo 'make quickstart-co-dino  the same with a Co-DINO'
+	@echo 'make quickstart-trees    the first on photographs of tree crowns'
+	@echo 'make quickstart-nuclei   the first on a micrograph of cell nuclei, with their masks'
 	@echo 'make test                check the style and run every test but the end-to-end run'
 	@echo 'make test-end-to-end     a short training, evaluation and prediction through the command lines'
 	@echo 'make lint                check the style alone'
@@ -40,9 +41,12 @@ help:
 .PHONY: setup
 setup: $(SETUP_DONE)
 
-.PHONY: quickstart quickstart-trees quickstart-nuclei
+.PHONY: quickstart quickstart-co-dino quickstart-trees quickstart-nuclei
 quickstart: $(SETUP_DONE)
 	$(RUN) tools/quick_start.py digits
+
+quickstart-co-dino: $(SETUP_DONE)
+	$(RUN) tools/quick_start.py digits --model co_dino
 
 quickstart-trees: $(SETUP_DONE)
 	$(RUN) tools/quick_start.py trees

@@ -6,6 +6,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from ..backbones.eva02 import rotary_tables
+
 __all__ = [
     "COUNTER",
     "FOREIGN",
@@ -121,6 +123,7 @@ _NAMES = [
 _VIT_NAMES = [("backbone.patch_embed.{rest}", "backbone.net.patch_embed.{rest}")]
 _DINO_NAMES = [(f"{_TRANSFORMER}.query_embed.weight", "query_head.query_content.weight")]
 _HEAD_POSITION = f"{_TRANSFORMER}.head_pos_embed.weight"
+_HEAD_DIM = 64  # channels of an attention head of the published ViTs
 _HEADS = ("roi", "atss")  # the auxiliary heads, in the order of the published positive queries
 
 COUNTER = "a counter of batch norm in training; the statistics are frozen"
@@ -223,7 +226,8 @@ def computed_tensors(
     }
     blocks = sorted({int(name.split(".")[2]) for name in state_dict if name.startswith("backbone.blocks.")})
     if blocks:
-        tables = {"win": _rotary_tables(window_size)} | ({"glb": _rotary_tables(global_size)} if global_size else {})
+        sizes = {"win": window_size} | ({"glb": global_size} if global_size else {})
+        tables = {kind: rotary_tables(size, size, _HEAD_DIM) for kind, size in sizes.items()}
         places = {f"rope_{kind}": kind for kind in tables}
         places |= {f"blocks.{i}.attn.rope": "glb" if i in global_blocks else "win" for i in blocks}
         for place, kind in places.items():
@@ -231,18 +235,6 @@ def computed_tensors(
                 for part, table in zip(("cos", "sin"), tables[kind]):
                     tensors[f"backbone.{place}.freqs_{part}"] = table
     return tensors
-
-
-def _rotary_tables(size: int) -> tuple[Tensor, Tensor]:
-    """[size * size, 64] cosines and sines of a square grid of patches, scaled to 16 positions a side.
-
-    Channels 0 to 31 belong to the row, the others to the column; two neighbours share one of 16 frequencies.
-    """
-    frequencies = 10000.0 ** (-torch.arange(0, 32, 2) / 32)
-    angles = (torch.arange(size) * (16 / size)).unsqueeze(1) * frequencies.repeat_interleave(2)  # [size, 32]
-    rows = angles.unsqueeze(1).expand(-1, size, -1)
-    angles = torch.cat((rows, rows.transpose(0, 1)), dim=-1).flatten(0, 1)
-    return angles.cos(), angles.sin()
 
 
 def describe(unused: dict[str, str]) -> list[str]:
