@@ -211,7 +211,10 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     weights = cfg.MODEL.WEIGHTS.split("?")[0]  # detectron2 reads options after a question mark
     resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     if weights and "://" not in weights and not resumes and not os.path.isfile(weights):
-        raise InputError(f"MODEL.WEIGHTS: there is no file {weights}")
+        raise InputError(
+            f"MODEL.WEIGHTS: there is no file {weights}; put it there, name another file, or start from random weights "
+            "with MODEL.WEIGHTS ''"
+        )
     if eval_only:
         if not weights and not resumes:
             where = f"; there is no checkpoint in OUTPUT_DIR ({cfg.OUTPUT_DIR})" if resume else ", or --resume"
