@@ -26,6 +26,8 @@ def add_codetr_config(cfg: CN) -> None:
     # counts as a part of the image (large-scale jitter). 0: images are padded to the batch's largest, with a mask.
     _C.MODEL.CODETR.CANVAS_SIZE = 0
     _C.MODEL.CODETR.CANVAS_VALUE = 114.0
+    # Images are padded to multiples of so many pixels, beside what the backbone asks for.
+    _C.MODEL.CODETR.SIZE_DIVISIBILITY = 1
 
     # Auxiliary heads, in order: names in AUX_HEAD_REGISTRY. [] is the plain detector (K = 0); a name may repeat.
     _C.MODEL.CODETR.AUX_HEADS = ["roi", "atss"]

@@ -43,6 +43,7 @@ class CoDETR(nn.Module):
         mask_head: predicts masks of the detections, from the encoder's output; or None.
         roi_masks: whether the auxiliary head named "roi" does so.
         pixel_mean, pixel_std: for the normalisation of the images.
+        size_divisibility: images are padded to multiples of so many pixels.
         canvas_size: side of the square, in pixels, that every image is put on at the top left and whose padding counts
             as a part of the image; 0 to pad images to the largest of their batch instead, and mask the padding.
         canvas_value: value of the canvas's pixels before their normalisation.
@@ -64,6 +65,7 @@ class CoDETR(nn.Module):
         roi_masks: bool,
         pixel_mean: list[float],
         pixel_std: list[float],
+        size_divisibility: int = 1,
         canvas_size: int = 0,
         canvas_value: float = 114.0,
     ):
@@ -72,6 +74,7 @@ class CoDETR(nn.Module):
         self.in_features = in_features
         self.neck = neck
         self.strides = strides
+        self.size_divisibility = size_divisibility
         self.canvas_size = canvas_size
         self.canvas_value = canvas_value
         self.query_head = query_head
@@ -107,10 +110,11 @@ class CoDETR(nn.Module):
                 f"MODEL.CODETR.NECK is empty, but {options.IN_FEATURES} are not {options.NUM_FEATURE_LEVELS} features "
                 f"of {options.EMBED_DIM} channels (MODEL.CODETR.NUM_FEATURE_LEVELS, EMBED_DIM); set it to ChannelMapper"
             )
-        if options.CANVAS_SIZE % max(backbone.size_divisibility, 1):
+        size_divisibility = math.lcm(options.SIZE_DIVISIBILITY, max(backbone.size_divisibility, 1))
+        if options.CANVAS_SIZE % size_divisibility:
             raise InputError(
-                f"MODEL.CODETR.CANVAS_SIZE is {options.CANVAS_SIZE}, but {cfg.MODEL.BACKBONE.NAME} takes images whose "
-                f"sides are multiples of {backbone.size_divisibility}"
+                f"MODEL.CODETR.CANVAS_SIZE is {options.CANVAS_SIZE}, but {cfg.MODEL.BACKBONE.NAME} (and "
+                f"MODEL.CODETR.SIZE_DIVISIBILITY) ask for a multiple of {size_divisibility}"
             )
         level_shapes = [ShapeSpec(channels=options.EMBED_DIM, stride=stride) for stride in [*strides, 2 * strides[-1]]]
         return {
@@ -129,6 +133,7 @@ class CoDETR(nn.Module):
             "roi_masks": mask_kind == "roi",
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "size_divisibility": size_divisibility,
             "canvas_size": options.CANVAS_SIZE,
             "canvas_value": options.CANVAS_VALUE,
         }
@@ -174,7 +179,7 @@ class CoDETR(nn.Module):
             levels = self.neck(levels)
         if self.canvas_size > 0:
             images = ImageList(images.tensor, [(self.canvas_size, self.canvas_size)] * len(images))
-        return build_pyramid(levels, self.strides, images, self.backbone.size_divisibility)
+        return build_pyramid(levels, self.strides, images, self.size_divisibility)
 
     def inference(self, memory: FeaturePyramid, batched_inputs: list[dict]) -> list[dict]:
         """Detections of the head chosen by ``eval_head``, in the pixels that each input asks for."""
@@ -206,9 +211,8 @@ class CoDETR(nn.Module):
             canvas = ImageList.from_tensors(images, pad_value=self.canvas_value, padding_constraints=square)
             return ImageList((canvas.tensor - self.pixel_mean) / self.pixel_std, canvas.image_sizes)
         images = [(image - self.pixel_mean) / self.pixel_std for image in images]
-        return ImageList.from_tensors(
-            images, self.backbone.size_divisibility, padding_constraints=self.backbone.padding_constraints
-        )
+        constraints = {**self.backbone.padding_constraints, "size_divisibility": self.size_divisibility}
+        return ImageList.from_tensors(images, padding_constraints=constraints)
 
     def auxiliary_pyramid(self, memory: FeaturePyramid) -> FeaturePyramid:
         """The encoder's output with one coarser level more."""
@@ -235,10 +239,10 @@ def auxiliary_head_names(kinds: list[str]) -> list[str]:
 
 
 def build_pyramid(
-    levels: list[Tensor], strides: list[int], images: ImageList, size_divisibility: int = 0
+    levels: list[Tensor], strides: list[int], images: ImageList, size_divisibility: int = 1
 ) -> FeaturePyramid:
     """Flatten feature maps [B, C, h, w], from fine to coarse, and work out what in them is padding."""
-    unit = max(size_divisibility, 1)
+    unit = size_divisibility
     height, width = images.tensor.shape[-2:]
     mask = torch.ones((len(images), height, width), dtype=torch.bool, device=images.device)
     for i, (h, w) in enumerate(images.image_sizes):

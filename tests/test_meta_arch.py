@@ -256,6 +256,15 @@ def test_canvas():
         model([{"image": torch.zeros(3, 170, 128)}])
 
 
+def test_images_are_padded_to_a_multiple():
+    model = build("MODEL.CODETR.SIZE_DIVISIBILITY", 48)
+    pyramid = model.extract_features(model.preprocess(make_batch(1, 1)))  # 96 x 128 and 112 x 120 pixels
+    assert pyramid.shapes[0] == (144 // 8, 144 // 8)
+    assert pyramid.image_sizes == [(96, 128), (112, 120)] and pyramid.padded_sizes == [(96, 144), (144, 144)]
+    with pytest.raises(InputError, match="MODEL.CODETR.CANVAS_SIZE is 100.*a multiple of 48"):
+        build("MODEL.CODETR.SIZE_DIVISIBILITY", 48, "MODEL.CODETR.CANVAS_SIZE", 100)
+
+
 def test_a_neck_is_needed_where_features_are_no_levels():
     with pytest.raises(InputError, match="MODEL.CODETR.NECK is empty.*ChannelMapper"):
         build("MODEL.CODETR.NECK", "")

@@ -298,6 +298,7 @@ def expected_data(take) -> dict:
         return options | {
             "INPUT.MIN_SIZE_TRAIN": take("data.short_sides"),
             "INPUT.MIN_SIZE_TRAIN_SAMPLING": "choice",
+            "MODEL.CODETR.SIZE_DIVISIBILITY": take("data.size_divisor", 1),
             "INPUT.MAX_SIZE_TRAIN": take("data.long_limit"),
             "INPUT.CROP.TYPE": take("data.crop_type"),
             "INPUT.CROP.SIZE": take("data.crop_size"),
