@@ -101,7 +101,8 @@ def draw_test_pictures(cfg: CfgNode, predictor: DefaultPredictor, file: Path) ->
     """Draw evenly spaced test pictures, predictions beside ground truth; return the file name of the first one."""
     register_datasets(cfg)
     dataset = load_datasets(cfg, cfg.DATASETS.TEST, is_train=False)
-    chosen = [dataset[i * len(dataset) // NUM_PICTURES] for i in range(min(NUM_PICTURES, len(dataset)))]
+    number = min(NUM_PICTURES, len(dataset))
+    chosen = [dataset[i * len(dataset) // number] for i in range(number)]
     names = cfg.MODEL.CODETR.CLASS_NAMES
     figure, axes = plt.subplots(math.ceil(len(chosen) / 2), 4, figsize=(16, 2.1 * len(chosen)), squeeze=False)
     for axis in axes.flat:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from codetr_d2.errors import InputError
 from tests.tiny_run import write_tiny_run
 
 FINAL = {"AP": 61.04, "AP50": 72.5, "AP75": 65.0, "APs": 55.0, "APm": 70.0, "APl": float("nan")}
@@ -100,6 +101,30 @@ def test_report_of_a_run_with_masks(quick_start, make_run, monkeypatch, capsys):
     summary = json.loads((output / "summary.json").read_text())
     assert summary["AP"] == {**FINAL, "APl": None}
     assert summary["mask_AP"] == {**{k: v / 2 for k, v in FINAL.items()}, "APl": None}
+
+
+def test_each_picture_is_drawn_once_where_there_are_few(quick_start, make_run, monkeypatch):
+    """The test set has nine pictures."""
+    output, files, read = make_run(), [], quick_start.read_image
+    monkeypatch.setattr(quick_start, "read_image", lambda file, kind: files.append(file) or read(file, kind))
+    for number, drawn in ((2, ["0001.png", "0005.png"]), (20, [f"000{i}.png" for i in range(1, 10)])):
+        monkeypatch.setattr(quick_start, "NUM_PICTURES", number)
+        files.clear()
+        run_main(quick_start, monkeypatch, "--output", output)
+        assert [file.rsplit("/", 1)[1] for file in files] == drawn
+
+
+def test_other_model(quick_start, monkeypatch, tmp_path):
+    """The config of the model, and no training where there is none."""
+    quick_start.subprocess.run = lambda command: quick_start.commands.append(command) or SimpleNamespace(returncode=2)
+    with pytest.raises(SystemExit, match="exit code 2"):
+        run_main(quick_start, monkeypatch, "--model", "co_dino", "--output", tmp_path / "output")
+    command = quick_start.commands[0]
+    config_file = command[command.index("--config-file") + 1]
+    assert "co_dino_" in config_file and (quick_start.ROOT / config_file).is_file()
+    monkeypatch.setattr(sys, "argv", ["quick_start.py", "trees", "--model", "co_dino"])
+    with pytest.raises(InputError, match="--model co_dino: there is no .*trees.yaml"):
+        quick_start.main()
 
 
 def test_next_command_works(quick_start, make_run, monkeypatch):
