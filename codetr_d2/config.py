@@ -147,8 +147,8 @@ def add_codetr_config(cfg: CN) -> None:
     # Training, beside detectron2's SOLVER options.
     # (part of a parameter's name, factor of its learning rate) pairs; the first that fits counts.
     _C.SOLVER.LR_MULTIPLIERS = []
-    # < 1: the learning rate of ViT block i of n is multiplied by this to the power of n - i, and biases, norms and
-    # position embeddings have no weight decay.
+    # < 1: the learning rate of ViT block i of n is multiplied by this to the power of n - i, and biases and norms have
+    # no weight decay.
     _C.SOLVER.LAYER_DECAY = 1.0
     # The schedule in epochs: > 0 sets MAX_ITER and STEPS from the size of the training set. Periods stay in iterations.
     _C.SOLVER.MAX_EPOCHS = 0

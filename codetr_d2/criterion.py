@@ -2,13 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from .assigners.hungarian import HungarianMatcher
 from .distributed import reduce_mean
-from .layers import paired_giou, paired_iou, quality_focal_loss
+from .layers import focal_loss, paired_giou, paired_iou, quality_focal_loss
 from .structures import DecoderOutput, Targets
 
 __all__ = ["SetCriterion"]
@@ -129,15 +128,14 @@ class SetCriterion(nn.Module):
         giou = paired_giou(boxes_xyxy * scale, target_boxes_xyxy * scale)
         loss_giou = ((1 - giou) * positive).sum((1, 2))
 
-        one_hot = F.one_hot(labels, self.num_classes + 1)[..., :-1].to(output.logits.dtype)
         if self.quality_focal:
             quality = paired_iou(boxes_xyxy.detach(), target_boxes_xyxy)
-            loss_cls = quality_focal_loss(output.logits, one_hot * quality.unsqueeze(-1))
+            loss_cls = quality_focal_loss(output.logits, labels, quality)
         else:
-            loss_cls = sigmoid_focal_loss(output.logits, one_hot, alpha=0.25, gamma=2.0, reduction="none")
+            loss_cls = focal_loss(output.logits, labels)  # [layers, B, Q]
         if group is not None and group.padding_mask is not None:
-            loss_cls = loss_cls.masked_fill(group.padding_mask.unsqueeze(-1), 0)
-        loss_cls = loss_cls.sum((1, 2, 3))
+            loss_cls = loss_cls.masked_fill(group.padding_mask, 0)
+        loss_cls = loss_cls.sum((1, 2))
 
         suffix = group.name if group is not None else "_enc"
         losses = {}

@@ -75,8 +75,8 @@ class CoDETRDatasetMapper(DatasetMapper):
     Called with a dataset dict, it returns that dict with ``image`` ([C, H, W] uint8, channels as ``INPUT.FORMAT``) and,
     in training, ``instances`` in place of ``annotations``: ``gt_boxes`` (xyxy in pixels of ``image``), ``gt_classes``
     and, with ``MODEL.MASK_ON``, ``gt_masks`` (of the type that ``INPUT.MASK_FORMAT`` says, ``BitMasks`` where there is
-    copy-paste; boxes are then those of what a crop leaves of the masks). Crowd boxes and those that a crop cuts away
-    are dropped; an image that keeps none is still used.
+    copy-paste). Crowd boxes and those that a crop cuts away are dropped; an image that keeps none is still used.
+    Crops clip boxes, but large-scale jitter with masks draws them anew around what is left of these.
 
     Args:
         is_train: whether to augment and to return ``instances``.
@@ -103,8 +103,8 @@ class CoDETRDatasetMapper(DatasetMapper):
         options = super().from_config(cfg, is_train)
         options["augmentations"] = build_augmentations(cfg, is_train)
         options["max_num_pasted"] = cfg.INPUT.COPY_PASTE.MAX_NUM_PASTED if cfg.INPUT.COPY_PASTE.ENABLED else 0
-        if cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:
-            options["recompute_boxes"] = options["use_instance_mask"]
+        # DETR's crop clips boxes, also where there are masks; only the jitter draws them anew around what is left.
+        options["recompute_boxes"] = options["use_instance_mask"] and cfg.INPUT.LARGE_SCALE_JITTER.ENABLED
         return options
 
     def __call__(self, dataset_dict: dict) -> dict:
@@ -125,6 +125,11 @@ class CoDETRDatasetMapper(DatasetMapper):
 
     def _read(self, dataset_dict: dict) -> tuple[np.ndarray, T.Transform]:
         """Read and augment one image [H, W, C]."""
+        for annotation in dataset_dict.get("annotations", ()):
+            # detectron2 keeps the type of coordinates, and would cut whole numbers off after each transform.
+            annotation["bbox"] = [float(x) for x in annotation["bbox"]]
+            if isinstance(annotation.get("segmentation"), list):
+                annotation["segmentation"] = [np.asarray(x, dtype=np.float64) for x in annotation["segmentation"]]
         size = (dataset_dict["width"], dataset_dict["height"]) if "width" in dataset_dict else None
         image = read_image(dataset_dict["file_name"], self.image_format, size)
         utils.check_image_size(dataset_dict, image)  # fills in the size where the dataset has none

@@ -13,9 +13,6 @@ __all__ = ["build_optimizer", "clip_full_model", "schedule_in_iterations"]
 
 logger = logging.getLogger(__name__)
 
-# Parameters of more than one dimension that layer decay exempts from weight decay, by the ends of their names.
-_POSITION_TABLES = ("pos_embed", "relative_position_bias_table")
-
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW on all trainable parameters.
@@ -25,8 +22,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     are exempt.
 
     With ``SOLVER.LAYER_DECAY`` d < 1 the learning rate of ViT block i of n is also multiplied by d^(n - i), that of the
-    patch and position embeddings by d^(n + 1), so that layers which are closer to the image change less; and norms,
-    biases and position embeddings of the whole model have no weight decay.
+    patch and position embeddings by d^(n + 1), so that layers which are closer to the image change less; and norms and
+    biases of the whole model have no weight decay.
 
     detectron2's own kinds of ``SOLVER.CLIP_GRADIENTS`` (norm, value: of each parameter) are part of the
     optimizer's step; ``full_model`` is :func:`clip_full_model`, called by the trainer.
@@ -39,9 +36,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         rate = cfg.SOLVER.BASE_LR * next((factor for part, factor in multipliers if part in name), 1.0)
         return rate * get_vit_lr_decay_rate(name, layer_decay, cfg.MODEL.EVA02.DEPTH) if layer_decay < 1 else rate
 
-    def decay_of(name: str, parameter: nn.Parameter) -> float:
-        exempt = layer_decay < 1 and (parameter.ndim <= 1 or name.endswith(_POSITION_TABLES))
-        return 0.0 if exempt else cfg.SOLVER.WEIGHT_DECAY
+    def decay_of(parameter: nn.Parameter) -> float:
+        return 0.0 if layer_decay < 1 and parameter.ndim <= 1 else cfg.SOLVER.WEIGHT_DECAY
 
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for part, _ in multipliers:
@@ -49,7 +45,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             logger.warning("SOLVER.LR_MULTIPLIERS: %r is part of no parameter's name", part)
     groups = reduce_param_groups(
         [
-            {"params": [parameter], "lr": rate_of(name), "weight_decay": decay_of(name, parameter)}
+            {"params": [parameter], "lr": rate_of(name), "weight_decay": decay_of(parameter)}
             for name, parameter in parameters.items()
         ]
     )

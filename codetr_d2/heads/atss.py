@@ -8,14 +8,13 @@ from detectron2.layers import Conv2d, ShapeSpec, batched_nms
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
-from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
 from ..assigners.atss import assign_atss
 from ..distributed import reduce_mean
-from ..layers import soft_nms
+from ..layers import focal_loss, soft_nms
 from ..structures import FeaturePyramid, PositiveSamples
 from .anchors import valid_anchors
 from .auxiliary import AUX_HEAD_REGISTRY, AuxiliaryHead
@@ -208,8 +207,7 @@ class ATSSHead(AuxiliaryHead):
         num_positives = positive.sum(dim=1).clamp(min=1).sum().float()
         num_positives = reduce_mean(num_positives)
 
-        one_hot = F.one_hot(labels[valid], self.num_classes + 1)[:, :-1]
-        loss_cls = sigmoid_focal_loss(logits[valid], one_hot, alpha=0.25, gamma=2, reduction="sum") / num_positives
+        loss_cls = (focal_loss(logits, labels) * valid).sum() / num_positives
 
         anchors = anchors.expand_as(target_boxes)[positive]  # [P, 4]
         target_boxes = target_boxes[positive]

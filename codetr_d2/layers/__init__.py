@@ -3,7 +3,7 @@
 from .attention import AttentionBlock, BlockSelfAttention
 from .box_coordinates import inverse_sigmoid, paired_giou, paired_iou, pairwise_giou, sine_embedding
 from .deformable_attention import MultiScaleDeformableAttention
-from .losses import quality_focal_loss
+from .losses import focal_loss, quality_focal_loss
 from .position_encoding import SinePositionEncoding
 from .soft_nms import soft_nms
 
@@ -12,6 +12,7 @@ __all__ = [
     "BlockSelfAttention",
     "MultiScaleDeformableAttention",
     "SinePositionEncoding",
+    "focal_loss",
     "inverse_sigmoid",
     "paired_giou",
     "paired_iou",

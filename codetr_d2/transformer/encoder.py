@@ -98,9 +98,8 @@ class DeformableEncoder(nn.Module):
             [B, S, C] refined tokens.
         """
         spatial_shapes, level_start_index = pyramid.spatial_shapes, pyramid.level_start_index
-        sizes = [h * w for h, w in pyramid.shapes]
-        level_embed = torch.repeat_interleave(self.level_embed, torch.tensor(sizes, device=position.device), dim=0)
-        position = position + level_embed
+        level_embed = [x.expand(h * w, -1) for x, (h, w) in zip(self.level_embed, pyramid.shapes)]
+        position = position + torch.cat(level_embed)
         reference_points = self.reference_points(pyramid)
         x = pyramid.tokens
         for layer in self.layers:

@@ -227,9 +227,31 @@ def test_large_scale_jitter_of_a_thin_picture(jitter):
     assert aug_input.image.shape == (400, 400, 3) and (aug_input.image == 0).any()
 
 
+@pytest.mark.parametrize("recipe", ["resize", "crop", "jitter"])
+def test_whole_numbers_are_as_exact_as_fractions(cfg, record, recipe):
+    """Coordinates that a file gives without a decimal point are not cut off when they are scaled."""
+    cfg.MODEL.MASK_ON = True
+    cfg.INPUT.CROP.ENABLED = recipe == "crop"
+    if recipe == "jitter":
+        cfg.INPUT.LARGE_SCALE_JITTER.ENABLED = True
+        cfg.MODEL.CODETR.CANVAS_SIZE = 410
+    add_polygons(record)
+    mapped = []
+    for kind in (int, float):
+        for annotation in record["annotations"]:
+            annotation["bbox"] = [kind(x) for x in annotation["bbox"]]
+            annotation["segmentation"] = [[kind(x) for x in polygon] for polygon in annotation["segmentation"]]
+        np.random.seed(3)
+        mapped.append(CoDETRDatasetMapper(cfg, is_train=True)(record)["instances"])
+    assert torch.equal(mapped[0].gt_boxes.tensor, mapped[1].gt_boxes.tensor)
+    assert (mapped[0].gt_boxes.tensor % 1 != 0).any()
+    for first, second in zip(mapped[0].gt_masks.polygons, mapped[1].gt_masks.polygons):
+        np.testing.assert_array_equal(first[0], second[0])
+
+
 @pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
 def test_masks_lie_on_the_pixels_of_their_objects(cfg, record, mask_format):
-    """After flip, crop and resize each mask still covers its colour; boxes are those of what is left of the masks."""
+    """After flip, crop and resize each mask still covers its colour, and its box."""
     add_polygons(record)
     if mask_format == "bitmask":  # one of them as an RLE
         polygon = record["annotations"][1]["segmentation"]
@@ -253,7 +275,7 @@ def test_masks_lie_on_the_pixels_of_their_objects(cfg, record, mask_format):
 
 
 def test_images_without_objects_where_the_model_has_masks(cfg, record):
-    """Boxes are recomputed from masks, of which there are none."""
+    """There are masks of no object, in the type that the config says."""
     cfg.MODEL.MASK_ON = True
     cfg.INPUT.CROP.ENABLED = True
     add_polygons(record)
