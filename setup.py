@@ -68,7 +68,7 @@ setup(
     packages=find_packages(include=["codetr_d2", "codetr_d2.*"]),
     package_data={"codetr_d2.ops": ["csrc/*.cpp"]},
     install_requires=[
-        "torch",
+        "torch>=2.6",  # reads checkpoints of strangers without running what they hold
         "torchvision",
         "detectron2",  # tools/install_detectron2.py
         "fvcore",

@@ -61,6 +61,15 @@ _OPTIONAL_PARTS = (
 )
 
 
+def _are_weights(value: Any) -> bool:
+    """Whether it is a dict of named tensors or arrays."""
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(name, str) and hasattr(x, "shape") for name, x in value.items())
+    )
+
+
 def atomic_write(path: str, write: Callable[[IO[bytes]], Any]) -> None:
     """Write a file such that, whenever the process is killed, either the old or the whole new one is there.
 
@@ -159,10 +168,13 @@ class CoDETRCheckpointer(DetectionCheckpointer):
             data = data.get("blobs", data)
             weights = {k: v for k, v in data.items() if isinstance(v, np.ndarray) and not k.endswith("_momentum")}
             return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+        if filename.endswith(".pyth"):
+            raise InputError(f"{filename}: convert this file of pycls to a .pth file, with torch.save(state_dict)")
         return super()._load_file(filename)
 
     def _torch_load(self, filename: str) -> dict:
         data, dropped = load_torch(filename)
+        data.pop("matching_heuristics", None)  # an option of MODEL.WEIGHTS, not of a file
         if dropped:
             self.logger.info("Not read, because it is no tensor and no plain value: %s", _brief(dropped))
         entry = weights_entry(data)
@@ -172,10 +184,11 @@ class CoDETRCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict):
         weights = checkpoint["model"]
-        if not isinstance(weights, dict) or not weights or not all(hasattr(v, "shape") for v in weights.values()):
+        if not _are_weights(weights):
             raise InputError(f"{self._path}: holds no dict of named tensors, so it is no checkpoint of a model")
         # A resumed run without an average goes on with the weights themselves.
         average = checkpoint.pop("ema", {}) if self._weights_only else {}
+        average = average if _are_weights(average) else {}  # other codes keep other things under this name
         weights = {name.removeprefix("module."): value for name, value in {**weights, **average}.items()}
         self._convert_ndarray_to_tensor(weights)
         names = list(weights)

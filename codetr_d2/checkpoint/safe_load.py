@@ -21,22 +21,81 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+# Codes of the numpy types that are read: truth values and numbers, in the byte order of the machine or marked.
+_NUMBER = re.compile(r"[<=|]?(b1|[fiu][1248])")
+
+
+class _PickledDtype:
+    """Stands in for ``numpy.dtype`` in a pickle: keeps the code, and takes no other state than that of a plain type.
+
+    Never the real one: what numpy lets a pickle set in it can turn bytes into pointers.
+    """
+
+    def __init__(self, code: Any, *flags: Any):
+        if not (isinstance(code, (str, bytes)) and _NUMBER.fullmatch(code if isinstance(code, str) else code.decode())):
+            raise pickle.UnpicklingError(f"a numpy type {code!r}")
+        self.code = code if isinstance(code, str) else code.decode()
+
+    def __setstate__(self, state: Any) -> None:
+        if not (isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", "=", "|", b"<", b"=", b"|")):
+            raise pickle.UnpicklingError("a numpy type of another byte order")
+
+
+class _PickledArray:
+    """Stands in for ``numpy.ndarray`` in a pickle, until :func:`_to_numpy` makes an array of it."""
+
+    array: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        if not (isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], _PickledDtype)):
+            raise pickle.UnpicklingError("a numpy array of an unknown kind")
+        _, shape, dtype, is_fortran, data = state
+        data = data.encode("latin1") if isinstance(data, str) else data
+        values = np.frombuffer(data, dtype.code)
+        self.array = values.reshape(shape, order="F" if is_fortran else "C").copy()
+
+
+def _pickled_scalar(dtype: Any, data: Any) -> float:
+    if not isinstance(dtype, _PickledDtype):
+        raise pickle.UnpicklingError("a numpy number of an unknown kind")
+    return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, dtype.code, count=1)[0].item()
+
+
 class _NumpyUnpickler(pickle.Unpickler):
-    """Reads numpy arrays in plain containers and refuses anything else."""
+    """Reads numpy arrays of numbers in plain containers and refuses anything else."""
+
+    _ALLOWED = {
+        "numpy.ndarray": _PickledArray,
+        "numpy.dtype": _PickledDtype,
+        "numpy.core.multiarray._reconstruct": lambda *args: _PickledArray(),
+        "numpy.core.multiarray.scalar": _pickled_scalar,
+        "collections.OrderedDict": dict,
+        "_codecs.encode": _encode_latin1,  # how Python 3 writes bytes in pickles of protocol 2
+        "__builtin__.bytes": lambda: b"",  # and no bytes
+    }
 
     def find_class(self, module: str, name: str):
-        module = module.replace("numpy._core", "numpy.core")
-        if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar")}:
-            # What numpy's own pickles name, under the module path of the numpy that runs here.
-            function = np.array(0).__reduce__()[0] if name == "_reconstruct" else np.float64(0).__reduce__()[0]
-            return function
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in pickles of protocol 2
-            return _encode_latin1
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        known = self._ALLOWED.get(f"{module.replace('numpy._core', 'numpy.core')}.{name}")
+        if known is None:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return known
+
+
+def _to_numpy(value: Any, seen: dict[int, Any]) -> Any:
+    """The same containers with arrays in the place of their stand-ins."""
+    if isinstance(value, _PickledArray):
+        if value.array is None:
+            raise pickle.UnpicklingError("a numpy array without content")
+        return value.array
+    if type(value) in (dict, list, tuple):
+        if id(value) not in seen:
+            seen[id(value)] = None  # a container inside of itself
+            if isinstance(value, dict):
+                seen[id(value)] = {key: _to_numpy(item, seen) for key, item in value.items()}
+            else:
+                seen[id(value)] = type(value)(_to_numpy(item, seen) for item in value)
+        return seen[id(value)]
+    return value
 
 
 def load_numpy_pickle(path: str) -> dict:
@@ -47,7 +106,7 @@ def load_numpy_pickle(path: str) -> dict:
     """
     try:
         with open(path, "rb") as file:
-            data = _NumpyUnpickler(file, encoding="latin1").load()
+            data = _to_numpy(_NumpyUnpickler(file, encoding="latin1").load(), {})
     except Exception as error:  # unpickling damaged data may raise nearly any error
         raise InputError(
             f"{path}: not a readable pickle of numpy arrays ({one_line(error)}); download it again, "
@@ -130,16 +189,15 @@ def load_torch(path: str) -> tuple[dict, list[str]]:
     """
     unknown: dict[str, type] = {}  # what the file asks for -> its stand-in
     try:
+        if zipfile.is_zipfile(path):  # otherwise the weights might be read before the first unknown name is met
+            unknown = {name: _stand_in_class(name) for name in get_unsafe_globals_in_checkpoint(path)}
         while True:
             try:
                 with safe_globals([(stand_in, name) for name, stand_in in unknown.items()]):
                     data = torch.load(path, map_location="cpu", weights_only=True)
                 break
             except pickle.UnpicklingError as error:
-                more = {
-                    name: _NUMPY.get(name) or type(name, (_Inert,), {})
-                    for name in _unknown_globals(path, error) - unknown.keys()
-                }
+                more = {name: _stand_in_class(name) for name in _unknown_globals(error) - unknown.keys()}
                 # torch names the class where an item is set: it is a kind of dict.
                 match = re.search(r"Can only SETITEMS? for .* but got <class '\S*safe_load\.(\S+)'>", str(error))
                 if match and issubclass(unknown.get(match[1], _InertMapping), _Inert):
@@ -149,7 +207,7 @@ def load_torch(path: str) -> tuple[dict, list[str]]:
                 unknown |= more
         dropped: list[str] = []
         if unknown:
-            data = _without_stand_ins(data, "", dropped)
+            data = _without_stand_ins(data, "", dropped, {})
     except Exception as error:  # damaged data may raise nearly any error
         # torch refuses objects of an intact archive with UnpicklingError; legacy files are no archives.
         if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).replace(" ", "_").lower():
@@ -177,10 +235,12 @@ def weights_entry(data: dict) -> str:
     return next((key for key in ("model", "state_dict", "module") if isinstance(data.get(key), dict)), "")
 
 
-def _unknown_globals(path: str, error: Exception) -> set[str]:
-    """Names that the file asks for and torch does not allow: all in an archive, the first in an older file."""
-    if zipfile.is_zipfile(path):
-        return set(get_unsafe_globals_in_checkpoint(path))
+def _stand_in_class(name: str) -> type:
+    return _NUMPY.get(name) or type(name, (_Inert,), {})
+
+
+def _unknown_globals(error: Exception) -> set[str]:
+    """The first name that an older file, which is no archive, asks for and torch does not allow."""
     names = re.findall(r"Unsupported global: GLOBAL (\S+) was not", str(error))
     return {name if "." in name else f"builtins.{name}" for name in names}
 
@@ -191,18 +251,23 @@ def _stand_in(value: Any) -> str:
     return kind.__name__ if issubclass(kind, (_Inert, _InertMapping)) else ""
 
 
-def _without_stand_ins(value: Any, path: str, dropped: list[str]) -> Any:
-    """The same containers without the stand-ins in them, whose places are added to ``dropped``."""
+def _without_stand_ins(value: Any, path: str, dropped: list[str], seen: dict[int, Any]) -> Any:
+    """The same containers without the stand-ins in them, whose places are added to ``dropped``.
+
+    ``seen`` has what became of each container: one that stands in several places is looked at once.
+    """
+    if id(value) in seen:
+        return seen[id(value)]
     if isinstance(value, dict):
-        kept = type(value)()
+        kept = seen[id(value)] = type(value)()
         for key, item in value.items():
             place = f"{path}.{key}" if path else str(key)
             if stand_in := _stand_in(item) or _stand_in(key):
                 dropped.append(f"{place} ({stand_in})")
             else:
-                kept[key] = _without_stand_ins(item, place, dropped)
+                kept[key] = _without_stand_ins(item, place, dropped, seen)
         if hasattr(value, "_metadata"):  # of a state dict
-            kept._metadata = _without_stand_ins(value._metadata, f"{path}._metadata", dropped)
+            kept._metadata = _without_stand_ins(value._metadata, f"{path}._metadata", dropped, seen)
         return kept
     if type(value) in (list, tuple, set):
         kept = []
@@ -210,8 +275,9 @@ def _without_stand_ins(value: Any, path: str, dropped: list[str]) -> Any:
             if stand_in := _stand_in(item):
                 dropped.append(f"{path}[{i}] ({stand_in})")
             else:
-                kept.append(_without_stand_ins(item, f"{path}[{i}]", dropped))
-        return type(value)(kept)
+                kept.append(_without_stand_ins(item, f"{path}[{i}]", dropped, seen))
+        seen[id(value)] = type(value)(kept)
+        return seen[id(value)]
     return value
 
 

@@ -191,6 +191,8 @@ WHOLE_PICKLE = pickle.dumps({"model": {"class_embed.bias": np.zeros(5, np.float3
         ("a.pth", bytes_of(torch.save, [1, 2]), "holds a list"),
         ("a.pth", bytes_of(torch.save, {"model": {"a": 3}}), "no dict of named tensors"),
         ("a.pth", bytes_of(torch.save, {"model": {"x.weight": torch.zeros(1)}}), "no tensor of it belongs"),
+        ("a.pth", bytes_of(torch.save, {1: torch.zeros(1)}), "no dict of named tensors"),
+        ("a.pyth", bytes_of(torch.save, {"model_state": Model().state_dict()}), "convert this file of pycls"),
         ("a.pkl", WHOLE_PICKLE[:-20], "not a readable pickle"),
         ("a.pkl", b"<html>", "not a readable pickle"),
         ("a.pkl", pickle.dumps([1]), "holds a list"),
@@ -201,6 +203,16 @@ def test_faulty_files_are_named(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message) as error:
         CoDETRCheckpointer(Model()).load(str(tmp_path / name))
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ema", [0.99, {"decay": 0.99, "module": {"class_embed.bias": torch.ones(5)}}])
+def test_averages_of_other_codes_are_not_taken_for_ours(tmp_path, ema):
+    """Nor does a file decide how strictly it is read."""
+    source, model = Model(), Model()
+    path = tmp_path / "weights.pth"
+    torch.save({"model": source.state_dict(), "ema": ema, "matching_heuristics": torch.ones(2)}, path)
+    CoDETRCheckpointer(model).load(str(path))
+    assert same(source, model)
 
 
 def test_missing_file():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from codetr_d2.checkpoint.safe_load import load_torch, weights_entry
+from codetr_d2.checkpoint.safe_load import load_numpy_pickle, load_torch, weights_entry
 from codetr_d2.errors import InputError
 
 
@@ -142,6 +142,73 @@ def test_a_container_that_holds_itself(tmp_path, strange, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_containers_that_stand_in_many_places_are_read_once(tmp_path, strange, monkeypatch):
+    """Forty lists, each of them twice in the next: a small file that would take years to walk."""
+    nested = [1]
+    for _ in range(40):
+        nested = [nested, nested]
+    path = tmp_path / "file.pth"
+    save(
+        {"state_dict": WEIGHTS, "meta": {"object": strange.HistoryBuffer(), "nested": nested}}, path, False, monkeypatch
+    )
+    data, dropped = load_torch(path)
+    assert dropped == ["meta.object (made_up_framework.HistoryBuffer)"]
+    first, second = data["meta"]["nested"]
+    assert first is second
+
+
+def test_the_weights_of_an_archive_are_read_once(tmp_path, strange, monkeypatch):
+    """Also where an unknown object comes behind them."""
+    path, calls, load = tmp_path / "file.pth", [], torch.load
+    save({"state_dict": WEIGHTS, "hook": strange.HistoryBuffer()}, path, False, monkeypatch)
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: calls.append(args) or load(*args, **kwargs))
+    assert load_torch(path)[1] == ["hook (made_up_framework.HistoryBuffer)"]
+    assert len(calls) == 1
+
+
+class PickledArray:
+    """An array whose pickle says of its type and content what it likes."""
+
+    def __init__(self, code, state, content):
+        self.code, self.state, self.content = code, state, content
+
+    def __reduce__(self):
+        dtype = Runs(np.dtype, self.code, False, True)
+        dtype.call = (np.dtype, (self.code, False, True), self.state)
+        return np.array(0).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, (1,), dtype, False, self.content)
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "content"),
+    [
+        ("O8", (3, "|", None, None, None, -1, -1, 0), b"A" * 8),  # bytes taken for the address of an object
+        ("O8", (3, "|", None, None, None, -1, -1, 1), b"A" * 8),
+        ("V8", (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0), b"A" * 8),
+        ("f4", (3, ">", None, None, None, -1, -1, 0), b"A" * 4),
+        ("f8", (3, "<", None, None, None, -1, -1, 0), b"A" * 4),  # too short
+    ],
+)
+def test_numpy_types_other_than_plain_numbers_are_refused(tmp_path, code, state, content):
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"a": PickledArray(code, state, content)}, protocol=2))
+    with pytest.raises(InputError, match="weights.pkl: not a readable pickle of numpy arrays"):
+        load_numpy_pickle(str(path))
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2", "f8", "i8", "u1", "b1"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_numpy_arrays_are_read_as_they_were(tmp_path, dtype, protocol):
+    array = np.arange(6).reshape(2, 3).astype(dtype)
+    content = {"blobs": {"a": array, "b": np.asfortranarray(array)}, "number": array[0, 1], "list": [array[:0]]}
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    read = load_numpy_pickle(str(path))
+    for name in ("a", "b"):
+        np.testing.assert_array_equal(read["blobs"][name], array)
+        assert read["blobs"][name].dtype == array.dtype and read["blobs"][name].flags.writeable
+    assert read["number"] == array[0, 1] and len(read["list"][0]) == 0
+
+
 def test_pickles_of_other_protocols_are_refused(tmp_path):
     path, marker = tmp_path / "x.pth", tmp_path / "it_ran"
     for protocol in (0, 2, 4):
