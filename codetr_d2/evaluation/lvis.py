@@ -20,6 +20,7 @@ __all__ = ["LVISEvaluator", "lvis_ap"]
 logger = logging.getLogger(__name__)
 
 MAX_DETECTIONS = 300  # of each image, over all categories, as in LVIS's challenges
+NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 FREQUENCIES = ("r", "c", "f")  # rare, common, frequent: the "frequency" of a category
 
 
@@ -53,9 +54,11 @@ def lvis_ap(ground_truth: COCO, detections: list[dict], task: str) -> dict[str, 
     by_image = defaultdict(list)
     for detection in detections:
         by_image[detection["image_id"]].append(detection)
-    kept = [sorted(x, key=lambda d: d["score"], reverse=True)[:MAX_DETECTIONS] for x in by_image.values()]
-    # loadRes takes no empty list.
-    results = ground_truth.loadRes(list(itertools.chain.from_iterable(kept))) if detections else COCO()
+    best = [sorted(x, key=lambda d: d["score"], reverse=True)[:MAX_DETECTIONS] for x in by_image.values()]
+    kept = [  # copies, as pycocotools changes them; without the box, it takes the area of the mask
+        {k: v for k, v in x.items() if k != "bbox" or task == "bbox"} for x in itertools.chain.from_iterable(best)
+    ]
+    results = ground_truth.loadRes(kept) if kept else COCO()  # loadRes takes no empty list
 
     images, not_exhaustive = defaultdict(set), defaultdict(set)  # of each category
     for annotation in ground_truth.anns.values():
@@ -79,6 +82,8 @@ def lvis_ap(ground_truth: COCO, detections: list[dict], task: str) -> dict[str, 
         evaluation.accumulate()
         precisions.append(evaluation.eval["precision"][:, :, 0, :, 0])
         frequencies.append(category["frequency"])
+    if not precisions:  # nothing is annotated, nor known to be absent
+        return dict.fromkeys(NAMES, float("nan"))
     precision, frequencies = np.stack(precisions), np.array(frequencies)  # [categories, thresholds, recalls, areas]
 
     def mean(values: np.ndarray) -> float:
@@ -115,8 +120,6 @@ class LVISEvaluator(COCOEvaluator):
             logger.info("The dataset has no annotations to evaluate with.")
             return
         for task in sorted(self._tasks or self._tasks_from_predictions(detections)):
-            # Without the box, pycocotools takes the area of the mask.
-            found = [{k: v for k, v in x.items() if k != "bbox" or task == "bbox"} for x in detections]
             with contextlib.redirect_stdout(io.StringIO()):
-                self._results[task] = lvis_ap(self._coco_api, found, task)
+                self._results[task] = lvis_ap(self._coco_api, detections, task)
             logger.info("LVIS evaluation of %s:\n%s", task, create_small_table(self._results[task]))

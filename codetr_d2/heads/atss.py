@@ -137,9 +137,12 @@ class ATSSHead(AuxiliaryHead):
         anchors = Boxes.cat(levels).tensor  # [S, 4]
         valid, labels, target_boxes = [], [], []
         for size, x in zip(pyramid.padded_sizes, targets):
-            valid_levels = valid_anchors(levels, self.strides, size)
-            valid.append(torch.cat(valid_levels))
-            counts = torch.stack([level.sum() for level in valid_levels]).tolist()
+            valid.append(torch.cat(valid_anchors(levels, self.strides, size)))
+            # How many these are on each level, without a look at the device.
+            counts = [
+                math.prod(min(math.ceil(side / stride), cells) for side, cells in zip(size, shape))
+                for stride, shape in zip(self.strides, pyramid.shapes)
+            ]
             image_labels, image_boxes = self._assign(anchors, valid[-1], counts, x)
             labels.append(image_labels)
             target_boxes.append(image_boxes)

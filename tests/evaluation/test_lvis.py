@@ -10,7 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from codetr_d2.data.lvis import load_lvis
-from codetr_d2.evaluation import LVISEvaluator
+from codetr_d2.evaluation import LVISEvaluator, lvis_ap
 
 HEIGHT, WIDTH = 192, 256
 RECORDED = {
@@ -124,3 +124,14 @@ def test_a_test_set_without_annotations_gives_no_numbers(make_evaluator):
     box.pred_classes = torch.tensor([11])
     evaluator.process([{"image_id": 1}], [{"instances": box}])
     assert evaluator.evaluate() == {}
+
+
+def test_nothing_to_find_gives_no_numbers(make_evaluator):
+    """No annotation, and no category that is known to be absent."""
+    data, detections = make_case()
+    data["annotations"] = []
+    for image in data["images"]:
+        image["neg_category_ids"] = []
+    results = make_evaluator(data)
+    assert lvis_ap(results._coco_api, detections, "bbox").keys() == RECORDED["bbox"].keys()
+    assert all(np.isnan(value) for value in lvis_ap(results._coco_api, detections, "bbox").values())
