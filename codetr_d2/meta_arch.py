@@ -100,8 +100,19 @@ class CoDETR(nn.Module):
         mask_kind = options.MASK_HEAD if cfg.MODEL.MASK_ON else None
         ops.set_backend(cfg.MODEL.MS_DEFORM_ATTN)
         backbone = build_backbone(cfg)
-        input_shapes = [backbone.output_shape()[name] for name in options.IN_FEATURES]
+        shapes = backbone.output_shape()
+        for name in options.IN_FEATURES:
+            if name not in shapes:
+                raise InputError(
+                    f"MODEL.CODETR.IN_FEATURES has {name!r}; {cfg.MODEL.BACKBONE.NAME} gives {', '.join(shapes)}"
+                )
+        input_shapes = [shapes[name] for name in options.IN_FEATURES]
         neck, strides = None, [shape.stride for shape in input_shapes]
+        if any(a >= b for a, b in zip(strides, strides[1:])):
+            raise InputError(
+                f"MODEL.CODETR.IN_FEATURES is {options.IN_FEATURES}, with the strides {strides}; order them from fine "
+                "to coarse"
+            )
         if options.NECK:
             neck = ChannelMapper(input_shapes, options.EMBED_DIM, options.NUM_FEATURE_LEVELS)
             strides = neck.strides
@@ -205,7 +216,8 @@ class CoDETR(nn.Module):
                 if max(image.shape[-2:]) > self.canvas_size:
                     raise InputError(
                         f"{x.get('file_name', 'an image')} is {image.shape[-1]} x {image.shape[-2]} pixels, larger "
-                        f"than MODEL.CODETR.CANVAS_SIZE ({self.canvas_size}); set INPUT.MAX_SIZE_TEST to that"
+                        f"than MODEL.CODETR.CANVAS_SIZE ({self.canvas_size}); set INPUT.MAX_SIZE_TEST (in training "
+                        "INPUT.MAX_SIZE_TRAIN) to that"
                     )
             square = {"square_size": self.canvas_size}
             canvas = ImageList.from_tensors(images, pad_value=self.canvas_value, padding_constraints=square)

@@ -270,6 +270,22 @@ def test_a_neck_is_needed_where_features_are_no_levels():
         build("MODEL.CODETR.NECK", "")
 
 
+FPN = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.FPN.IN_FEATURES", ["stride8", "stride16"]]
+
+
+@pytest.mark.parametrize(
+    "features, opts, message",
+    [
+        (["p3", "p9"], FPN, "IN_FEATURES has 'p9'; build_timm_fpn_backbone gives p3, p4"),
+        (["stride32", "stride8"], [], r"IN_FEATURES is .*\[32, 8\]; order them from fine to coarse"),
+        (["stride8", "stride32"], [], r'IN_FEATURES gives levels of the strides \[8, 32.*leave "roi" out'),
+    ],
+)
+def test_features_form_a_pyramid(features, opts, message):
+    with pytest.raises(InputError, match=message):
+        build("MODEL.CODETR.IN_FEATURES", features, *opts)
+
+
 def test_names_of_heads():
     assert auxiliary_head_names(["roi", "atss", "roi", "roi"]) == ["roi", "atss", "roi2", "roi3"]
 

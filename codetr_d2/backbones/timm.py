@@ -56,7 +56,17 @@ class TimmBackbone(Backbone):
         self.out_features = list(out_features)
         options, self._size_divisibility = _for_any_size(name)
         indices = [index[feature] for feature in out_features]
-        self.model = timm.create_model(name, features_only=True, out_indices=indices, pretrained=pretrained, **options)
+        try:
+            self.model = timm.create_model(
+                name, features_only=True, out_indices=indices, pretrained=pretrained, **options
+            )
+        except (OSError, RuntimeError) as error:
+            if not pretrained:
+                raise
+            raise InputError(
+                f"MODEL.TIMM.PRETRAINED: timm cannot fetch its weights of {name} ({' '.join(str(error).split())}). "
+                "Connect to the network, or set it to False and name a file in MODEL.WEIGHTS."
+            ) from error
         channels, strides = self.model.feature_info.channels(), self.model.feature_info.reduction()
         self._output_shape = {
             feature: ShapeSpec(channels=c, stride=s) for feature, c, s in zip(out_features, channels, strides)

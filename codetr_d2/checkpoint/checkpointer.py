@@ -156,9 +156,23 @@ class CoDETRCheckpointer(DetectionCheckpointer):
         self._weights_only = not wanted  # otherwise a run is resumed
         self._path = path
         file = path.split("?")[0]
-        if file and "://" not in file and not os.path.isfile(file):
+        if "://" in file:
+            self._fetch(file)
+        elif file and not os.path.isfile(file):
             raise InputError(f"{file}: no such checkpoint; mend MODEL.WEIGHTS, or the name in the file last_checkpoint")
         return super().load(path, checkpointables)
+
+    def _fetch(self, address: str) -> None:
+        """Download a file to where ``load`` finds it."""
+        try:
+            found, reason = os.path.isfile(self.path_manager.get_local_path(address)), "no such address is known"
+        except (OSError, RuntimeError, ValueError, AssertionError) as error:
+            found, reason = False, error
+        if not found:
+            raise InputError(
+                f"{address}: cannot be fetched ({reason}); check the address and the network, or download the file by "
+                "other means and give its path"
+            )
 
     def _load_file(self, filename: str) -> dict:
         if filename.endswith(".pkl"):
@@ -304,8 +318,13 @@ class CoDETRCheckpointer(DetectionCheckpointer):
     def _loaded(self, incompatible) -> list[str]:
         """Names of the model's tensors that came from the file."""
         left_out = {*incompatible.missing_keys, *(key for key, _, _ in incompatible.incorrect_shapes)}
-        # torch makes up a counter of batches where a file has none.
-        return [k for k in self.model.state_dict() if k not in left_out and not k.endswith("num_batches_tracked")]
+        # Where a file has none, torch makes up a counter of batches, and detectron2 the statistics of a frozen norm.
+        made_up = {f"{key.removesuffix('.weight')}.running_{x}" for key in left_out for x in ("mean", "var")}
+        return [
+            key
+            for key in self.model.state_dict()
+            if key not in left_out | made_up and not key.endswith("num_batches_tracked")
+        ]
 
     def _raise_incorrect_shapes(self, incorrect: list[tuple[str, tuple, tuple]]) -> None:
         key, in_file, in_model = incorrect[0]

@@ -1,6 +1,7 @@
 """Reading configs and checking them, before any long work starts."""
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from detectron2.modeling import (
     PROPOSAL_GENERATOR_REGISTRY,
     ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
 )
 
 from ..checkpoint.checkpointer import atomic_write
@@ -164,6 +166,12 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
             if _get(cfg, key) <= 0:
                 raise InputError(f"{key} is {_get(cfg, key)}; it must be greater than 0")
 
+    def within(low: float, high: float, *keys: str) -> None:
+        for key in keys:
+            if not low <= _get(cfg, key) <= high:
+                limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                raise InputError(f"{key} is {_get(cfg, key)}; it must be {limits}")
+
     def divisible(key: str, value: int, by: int, what: str) -> None:
         if value % by:
             raise InputError(f"{key} is {value}, which {what} ({by}) does not divide")
@@ -181,6 +189,7 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
                 f"MODEL.CODETR.IN_FEATURES names {len(model.IN_FEATURES)} features; it must be at least one, and at "
                 f"most MODEL.CODETR.NUM_FEATURE_LEVELS ({model.NUM_FEATURE_LEVELS})"
             )
+        one_of("MODEL.CODETR.NECK", ["ChannelMapper", ""])
         one_of("MODEL.CODETR.EVAL_HEAD", ["detr", *auxiliary_head_names(model.AUX_HEADS)])
         if cfg.MODEL.MASK_ON:
             one_of("MODEL.CODETR.MASK_HEAD", ["roi", "refine"])
@@ -190,6 +199,11 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
                     'MODEL.CODETR.MASK_HEAD is "roi", which is a branch of the ROI auxiliary head: add "roi" to '
                     'MODEL.CODETR.AUX_HEADS, or choose the mask head "refine"'
                 )
+            if model.MASK_HEAD == "roi":
+                one_of("MODEL.ROI_MASK_HEAD.NAME", [name for name, _ in ROI_MASK_HEAD_REGISTRY])
+            positive("MODEL.REFINE_MASK_HEAD.POSITIVES_PER_IMAGE")
+        if cfg.MODEL.KEYPOINT_ON:
+            raise InputError("MODEL.KEYPOINT_ON is True, but Co-DETR has no keypoints; set it to False")
         one_of("MODEL.CODETR.POSITIVE_QUERIES.PADDING", ["negatives", "mask"])
         one_of("MODEL.MS_DEFORM_ATTN", ["auto", "cpp", "eager"])
         positive(*(f"MODEL.CODETR.{x}" for x in ("NUM_CLASSES", "NUM_QUERIES", "EMBED_DIM", "SIZE_DIVISIBILITY")))
@@ -198,8 +212,25 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
             positive(*(f"MODEL.CODETR.{part}.{x}" for x in ("NUM_LAYERS", "NUM_HEADS", "NUM_POINTS", "FFN_DIM")))
             what = f"MODEL.CODETR.{part}.NUM_HEADS"
             divisible("MODEL.CODETR.EMBED_DIM", model.EMBED_DIM, _get(cfg, what), what)
+            within(0, 1, f"MODEL.CODETR.{part}.DROPOUT")
+        divisible("MODEL.CODETR.EMBED_DIM", model.EMBED_DIM, 4, "the sine and cosine of two coordinates")
+        within(0, math.inf, *(f"MODEL.CODETR.{x}" for x in ("LAMBDA1", "LAMBDA2", "CANVAS_SIZE")))
+        within(0, math.inf, *(f"MODEL.CODETR.DENOISING.{x}" for x in ("NUM_QUERIES", "BOX_NOISE")))
+        within(0, 1, "MODEL.CODETR.DENOISING.LABEL_NOISE", "MODEL.CODETR.SOFT_NMS_THRESH")
+        positive("MODEL.ATSS.TOPK", "MODEL.ATSS.ANCHOR_SCALE", "MODEL.ATSS.PRE_NMS_TOPK_TEST")
+        within(0, math.inf, "MODEL.ATSS.NUM_CONVS")
+        within(0, 1, "MODEL.ATSS.NMS_THRESH_TEST", "MODEL.RPN.NMS_THRESH_TEST")
+        if len(cfg.MODEL.ATSS.BBOX_REG_WEIGHTS) != 4:
+            raise InputError(
+                f"MODEL.ATSS.BBOX_REG_WEIGHTS is {cfg.MODEL.ATSS.BBOX_REG_WEIGHTS}; it must have four entries: for x, "
+                "y, width and height"
+            )
     _check_backbone(cfg, positive, divisible)
     one_of("INPUT.FORMAT", ["RGB", "BGR", "L", "YUV-BT.601"])
+    within(0, math.inf, "INPUT.MIN_SIZE_TEST")  # 0: images keep their size
+    positive("INPUT.MAX_SIZE_TEST")
+    if cfg.INPUT.MIN_SIZE_TEST > 0:
+        _check_canvas(cfg, "INPUT.MAX_SIZE_TEST")
     if cfg.DATALOADER.NUM_WORKERS < 0:
         raise InputError(f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}; it must be 0 (no workers) or more")
     positive("TEST.DETECTIONS_PER_IMAGE")
@@ -239,8 +270,10 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ["full_model", "norm", "value"])
     one_of("DATALOADER.SAMPLER_TRAIN", TRAIN_SAMPLERS)
     one_of("INPUT.RANDOM_FLIP", ["none", "horizontal", "vertical"])
+    _check_train_sizes(cfg, one_of, positive)
     one_of("INPUT.CROP.TYPE", ["relative_range", "relative", "absolute", "absolute_range"])
     one_of("INPUT.MASK_FORMAT", ["polygon", "bitmask"])
+    _check_crop(cfg)
     _check_jitter(cfg)
     if solver.EMA.ENABLED and not 0 < solver.EMA.DECAY < 1:
         raise InputError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}; it must lie between 0 and 1")
@@ -288,11 +321,13 @@ def _check_backbone(cfg: CfgNode, positive: Callable, divisible: Callable) -> No
                 f"MODEL.SWIN.NUM_HEADS is {swin.NUM_HEADS}; it must have an entry for each of MODEL.SWIN.DEPTHS "
                 f"({swin.DEPTHS})"
             )
-        for i, (depth, heads) in enumerate(zip(swin.DEPTHS, swin.NUM_HEADS)):
-            if depth < 1 or heads < 1:
-                raise InputError("MODEL.SWIN.DEPTHS and MODEL.SWIN.NUM_HEADS must have only entries greater than 0")
+        if not all(isinstance(x, int) and x > 0 for x in (*swin.DEPTHS, *swin.NUM_HEADS)):
+            raise InputError("MODEL.SWIN.DEPTHS and MODEL.SWIN.NUM_HEADS must have only whole numbers greater than 0")
+        for i, heads in enumerate(swin.NUM_HEADS):
             what = f"entry {i} of MODEL.SWIN.NUM_HEADS"
             divisible(f"MODEL.SWIN.EMBED_DIM times {2**i}", swin.EMBED_DIM * 2**i, heads, what)
+    if name.endswith("_fpn_backbone") and not cfg.MODEL.FPN.IN_FEATURES:
+        raise InputError(f"MODEL.FPN.IN_FEATURES is empty; {name} needs the names of the features below its FPN")
     if name == "build_eva02_pyramid_backbone":
         positive(*(f"MODEL.EVA02.{x}" for x in ("EMBED_DIM", "DEPTH", "NUM_HEADS", "WINDOW_SIZE")))
         positive("MODEL.EVA02.PATCH_SIZE", "MODEL.EVA02.PRETRAIN_IMAGE_SIZE", "MODEL.FPN.OUT_CHANNELS")
@@ -301,10 +336,10 @@ def _check_backbone(cfg: CfgNode, positive: Callable, divisible: Callable) -> No
         divisible("MODEL.EVA02.PATCH_SIZE", vit.PATCH_SIZE, 4, "the refinement to p2")
         divisible("MODEL.EVA02.PRETRAIN_IMAGE_SIZE", vit.PRETRAIN_IMAGE_SIZE, vit.PATCH_SIZE, "MODEL.EVA02.PATCH_SIZE")
         divisible("MODEL.EVA02.IMAGE_SIZE", vit.IMAGE_SIZE, 2 * vit.PATCH_SIZE, "twice MODEL.EVA02.PATCH_SIZE")
-        outside = [i for i in vit.GLOBAL_BLOCKS if not 0 <= i < vit.DEPTH]
+        outside = [i for i in vit.GLOBAL_BLOCKS if i not in range(vit.DEPTH)]
         if outside:
             raise InputError(
-                f"MODEL.EVA02.GLOBAL_BLOCKS has {outside[0]}, but blocks count from 0 to MODEL.EVA02.DEPTH - 1 "
+                f"MODEL.EVA02.GLOBAL_BLOCKS has {outside[0]!r}, but blocks count from 0 to MODEL.EVA02.DEPTH - 1 "
                 f"({vit.DEPTH - 1})"
             )
         if cfg.MODEL.META_ARCHITECTURE == "CoDETR":
@@ -319,6 +354,49 @@ def _check_backbone(cfg: CfgNode, positive: Callable, divisible: Callable) -> No
                     f"MODEL.FPN.OUT_CHANNELS is {channels}; without MODEL.CODETR.NECK it must be "
                     f"MODEL.CODETR.EMBED_DIM ({dim})"
                 )
+
+
+def _check_canvas(cfg: CfgNode, key: str) -> None:
+    """Images that are resized to the longest side that ``key`` allows fit on the canvas, if there is one."""
+    canvas = cfg.MODEL.CODETR.CANVAS_SIZE
+    if cfg.MODEL.META_ARCHITECTURE == "CoDETR" and 0 < canvas < _get(cfg, key):
+        raise InputError(
+            f"{key} is {_get(cfg, key)}; images must fit on the square of MODEL.CODETR.CANVAS_SIZE ({canvas}): set it "
+            "to that"
+        )
+
+
+def _check_train_sizes(cfg: CfgNode, one_of: Callable, positive: Callable) -> None:
+    """Check the resizing of the training, by the checks of :func:`check_config`."""
+    sizes, sampling = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    if not (sizes and all(isinstance(x, int) and x >= 0 for x in sizes)):
+        raise InputError(
+            f"INPUT.MIN_SIZE_TRAIN is {sizes}; it must be a list of whole numbers of pixels, like [480, 512]"
+        )
+    positive("INPUT.MAX_SIZE_TRAIN")
+    one_of("INPUT.MIN_SIZE_TRAIN_SAMPLING", ["choice", "range"])
+    if sampling == "range" and len(sizes) != 2:
+        raise InputError(
+            f"INPUT.MIN_SIZE_TRAIN is {sizes}; with INPUT.MIN_SIZE_TRAIN_SAMPLING range it must be the least and the "
+            "largest size"
+        )
+    if max(sizes) > 0 and not cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:
+        _check_canvas(cfg, "INPUT.MAX_SIZE_TRAIN")
+
+
+def _check_crop(cfg: CfgNode) -> None:
+    kind, size = cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE
+    if not cfg.INPUT.CROP.ENABLED:
+        return
+    if kind.startswith("relative"):
+        is_valid, needed = all(0 < x <= 1 for x in size), "shares of height and width, greater than 0 and at most 1"
+    elif kind == "absolute":
+        is_valid, needed = all(isinstance(x, int) and x > 0 for x in size), "a height and a width in whole pixels"
+    else:
+        is_valid = all(isinstance(x, int) and x > 0 for x in size) and size[0] <= size[-1]
+        needed = "the least and the largest side in whole pixels"
+    if len(size) != 2 or not is_valid:
+        raise InputError(f"INPUT.CROP.SIZE is {size}; with INPUT.CROP.TYPE {kind} it must be two numbers: {needed}")
 
 
 def _check_jitter(cfg: CfgNode) -> None:

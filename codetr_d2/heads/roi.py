@@ -250,7 +250,13 @@ class ROIHead(AuxiliaryHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shapes: list[ShapeSpec]) -> dict:
-        level_names = [f"p{int(math.log2(shape.stride))}" for shape in input_shapes]
+        strides = [shape.stride for shape in input_shapes]
+        if any(b != 2 * a for a, b in zip(strides, strides[1:])):
+            raise InputError(
+                f"MODEL.CODETR.IN_FEATURES gives levels of the strides {strides}, but the ROI auxiliary head needs "
+                'each twice as coarse as the one before; name others, or leave "roi" out of MODEL.CODETR.AUX_HEADS'
+            )
+        level_names = [f"p{int(math.log2(stride))}" for stride in strides]
         for key in ("SIZES", "ASPECT_RATIOS"):
             given = cfg.MODEL.ANCHOR_GENERATOR[key]
             if len(given) not in (1, len(level_names)):

@@ -40,6 +40,17 @@ def test_bad_names(name, feature, message):
         TimmBackbone(name, [feature])
 
 
+def test_weights_that_cannot_be_fetched(monkeypatch):
+    create = timm.create_model
+
+    def without_network(*args, pretrained=False, **options):
+        return open("no/such/file") if pretrained else create(*args, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_network)
+    with pytest.raises(InputError, match=r"MODEL\.TIMM\.PRETRAINED: .* resnet18 .*no/such/file.*MODEL\.WEIGHTS"):
+        TimmBackbone("resnet18", ["stride8"], pretrained=True)
+
+
 @pytest.mark.parametrize("name", ["convnext_atto", "pvt_v2_b0", "resnet18"])
 def test_convolutional_and_hierarchical_models(name):
     backbone = TimmBackbone(name, ["stride8", "stride16", "stride32"]).eval()

@@ -220,6 +220,14 @@ def test_missing_file():
         CoDETRCheckpointer(Model()).load("none.pth")
 
 
+@pytest.mark.parametrize("address", ["nosuch://a/model.pth", "http://127.0.0.1:9/model.pth"])
+def test_addresses_that_give_nothing(address, tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=rf"^{address}: cannot be fetched .*check the address") as error:
+        CoDETRCheckpointer(Model()).load(address)
+    assert "\n" not in str(error.value)
+
+
 def test_last_checkpoint_that_is_gone(tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
     with pytest.raises(InputError, match="model_0000009.pth: no such checkpoint.*last_checkpoint"):
@@ -477,6 +485,13 @@ def test_another_family_and_another_version(published_file, load, tmp_path):
         InputError, match=r"renamed.pth: .*another version.*lacks query_head.encoder.layers.0.self_attn"
     ):
         load(build_detector(), tmp_path / "renamed.pth")
+
+
+def test_a_file_of_something_else_is_no_backbone(tmp_path, load):
+    """Its frozen norms have statistics without a file, too."""
+    torch.save({"x.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="no tensor of it belongs to this model: it has x.weight; the model has"):
+        load(build_detector(), tmp_path / "other.pth", fine_tune=True)
 
 
 def test_torchvision_backbone_of_a_detector(tmp_path, load):

@@ -60,7 +60,9 @@ CODETR = [
     *("MODEL.META_ARCHITECTURE", "CoDETR", "MODEL.RESNETS.OUT_FEATURES", "['res3', 'res4', 'res5']"),
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
 ]
-JITTER = ["INPUT.LARGE_SCALE_JITTER.ENABLED", "True", "MODEL.CODETR.CANVAS_SIZE", "64"]
+JITTER = ["INPUT.LARGE_SCALE_JITTER.ENABLED", "True", "MODEL.CODETR.CANVAS_SIZE", "64", "INPUT.MAX_SIZE_TEST", "64"]
+EACH_WITH_TWO_HEADS = ["MODEL.CODETR.ENCODER.NUM_HEADS", "2", "MODEL.CODETR.DECODER.NUM_HEADS", "2"]
+CROP = ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE"]
 COPY_PASTE = ["INPUT.COPY_PASTE.ENABLED", "True"]
 
 
@@ -142,6 +144,39 @@ VIT = [
             r'MASK_HEAD is "roi".*add "roi" to MODEL\.CODETR\.AUX_HEADS.*"refine"',
         ),
         (["MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT", "rle"], 1, r"MASK_FORMAT is 'rle'.*polygon, bitmask"),
+        (["MODEL.CODETR.NECK", "FPN"], 1, r"NECK is 'FPN'; it may be: ChannelMapper"),
+        (["MODEL.CODETR.ENCODER.DROPOUT", "1.5"], 1, r"ENCODER\.DROPOUT is 1\.5; it must be from 0 to 1"),
+        (["MODEL.CODETR.LAMBDA1", "-1"], 1, r"LAMBDA1 is -1\.0; it must be at least 0"),
+        (["MODEL.CODETR.CANVAS_SIZE", "-1"], 1, r"CANVAS_SIZE is -1; it must be at least 0"),
+        (["MODEL.CODETR.SOFT_NMS_THRESH", "2"], 1, r"SOFT_NMS_THRESH is 2\.0; it must be from 0 to 1"),
+        (["MODEL.CODETR.DENOISING.NUM_QUERIES", "-3"], 1, r"DENOISING\.NUM_QUERIES is -3"),
+        (["MODEL.CODETR.DENOISING.LABEL_NOISE", "3"], 1, r"LABEL_NOISE is 3\.0; it must be from 0 to 1"),
+        (
+            [*("MODEL.CODETR.EMBED_DIM", "2"), *EACH_WITH_TWO_HEADS],
+            1,
+            r"EMBED_DIM is 2, which .* \(4\)",
+        ),
+        (["MODEL.ATSS.TOPK", "0"], 1, r"ATSS\.TOPK is 0; it must be greater than 0"),
+        (["MODEL.ATSS.BBOX_REG_WEIGHTS", "(1., 1.)"], 1, r"BBOX_REG_WEIGHTS is .*four entries"),
+        (["MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "fcn"], 1, r"ROI_MASK_HEAD\.NAME is 'fcn'.*MaskRCNN"),
+        (["MODEL.KEYPOINT_ON", "True"], 1, r"KEYPOINT_ON is True"),
+        ([*SWIN, "MODEL.SWIN.DEPTHS", "[2, 2.5, 2, 2]"], 1, r"SWIN\.DEPTHS.*whole numbers"),
+        (["MODEL.BACKBONE.NAME", "build_swin_fpn_backbone"], 1, r"FPN\.IN_FEATURES is empty"),
+        (["INPUT.MIN_SIZE_TRAIN", "()"], 1, r"MIN_SIZE_TRAIN is \(\); it must be a list"),
+        (["INPUT.MIN_SIZE_TRAIN", "(-5,)"], 1, r"MIN_SIZE_TRAIN is \(-5,\)"),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "all"], 1, r"MIN_SIZE_TRAIN_SAMPLING is 'all'.*choice, range"),
+        (
+            ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", "(1, 2, 3)"],
+            1,
+            r"MIN_SIZE_TRAIN is .*least and the largest",
+        ),
+        (["INPUT.MAX_SIZE_TRAIN", "0"], 1, r"MAX_SIZE_TRAIN is 0"),
+        (["INPUT.MIN_SIZE_TEST", "-1"], 1, r"MIN_SIZE_TEST is -1"),
+        (["MODEL.CODETR.CANVAS_SIZE", "64"], 1, r"MAX_SIZE_TEST is 1333;.*CANVAS_SIZE \(64\): set it to that"),
+        (["MODEL.CODETR.CANVAS_SIZE", "1000", "INPUT.MAX_SIZE_TEST", "1000"], 1, r"MAX_SIZE_TRAIN is 1333;.*\(1000\)"),
+        ([*CROP, "relative", "INPUT.CROP.SIZE", "[384, 600]"], 1, r"CROP\.SIZE is \[384, 600\];.*shares"),
+        ([*CROP, "absolute", "INPUT.CROP.SIZE", "[384]"], 1, r"CROP\.SIZE is \[384\];.*two numbers"),
+        ([*CROP, "absolute_range", "INPUT.CROP.SIZE", "[600, 384]"], 1, r"CROP\.SIZE is .*least and the largest"),
         (["MODEL.WEIGHTS", "none.pth"], 1, r"MODEL\.WEIGHTS: there is no file none\.pth"),
     ],
 )
@@ -158,6 +193,7 @@ def test_good_values_pass(config_file):
     check_config(load_config(str(config_file), [*CODETR, *SWIN]))
     check_config(load_config(str(config_file), [*CODETR, *VIT, "SOLVER.LAYER_DECAY", "0.8"]))
     canvas = ["MODEL.EVA02.IMAGE_SIZE", "1536", "MODEL.CODETR.CANVAS_SIZE", "1536"]
+    check_config(load_config(str(config_file), [*CODETR, *CROP, "relative_range", "INPUT.CROP.SIZE", "[0.5, 1]"]))
     check_config(load_config(str(config_file), [*CODETR, *VIT, *canvas]))
     check_config(load_config(str(config_file), [*opts, *JITTER, *COPY_PASTE]))
 
