@@ -167,7 +167,10 @@ def _backward_kernel(
 def _check(
     value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, locations: Tensor, weights: Tensor
 ) -> None:
-    """Refuse sizes, dtypes and devices that don't fit each other. What the tensors hold is not looked at: it would wait."""
+    """Refuse sizes, dtypes and devices that don't fit each other.
+
+    Not the sizes of the levels: to look at numbers on a GPU would be to wait for it. The kernels are safe with any.
+    """
 
     def check(fits: bool, name: str, expected: str, tensor: Tensor) -> None:
         if not fits:
