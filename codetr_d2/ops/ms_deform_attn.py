@@ -63,7 +63,7 @@ def _triton_problem(device: torch.device | None) -> str:
     try:
         kernels.probe(device)
     except Exception as error:  # Triton needs a C compiler, a driver that is new enough, a folder for its cache
-        return f"Triton can't run a kernel ({(str(error) or type(error).__name__).strip().splitlines()[0]})"
+        return f"Triton can't run a kernel ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
     return ""
 
 

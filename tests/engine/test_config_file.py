@@ -142,6 +142,7 @@ VIT = [
             r'MASK_HEAD is "roi".*add "roi" to MODEL\.CODETR\.AUX_HEADS.*"refine"',
         ),
         (["MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT", "rle"], 1, r"MASK_FORMAT is 'rle'.*polygon, bitmask"),
+        (["MODEL.MS_DEFORM_ATTN", "cuda"], 1, r"MS_DEFORM_ATTN is 'cuda'; it may be: auto, cpp, triton, eager"),
         (["MODEL.WEIGHTS", "none.pth"], 1, r"MODEL\.WEIGHTS: there is no file none\.pth"),
     ],
 )
@@ -155,6 +156,7 @@ def test_good_values_pass(config_file):
     opts = [*CODETR, "MODEL.CODETR.AUX_HEADS", "['roi', 'roi']"]
     check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.EVAL_HEAD", "roi2"]), 2)
     check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.AUX_HEADS", "[]"]))
+    check_config(load_config(str(config_file), [*CODETR, "MODEL.MS_DEFORM_ATTN", "triton"]))
     check_config(load_config(str(config_file), [*CODETR, *SWIN]))
     check_config(load_config(str(config_file), [*CODETR, *VIT, "SOLVER.LAYER_DECAY", "0.8"]))
     canvas = ["MODEL.EVA02.IMAGE_SIZE", "1536", "MODEL.CODETR.CANVAS_SIZE", "1536"]
