@@ -16,7 +16,8 @@ from .ops import active_backend
 
 __all__ = ["collect_env_info"]
 
-PACKAGES = ["scipy", "timm", "pycocotools", "matplotlib", "opencv-python-headless", "opencv-python", "setuptools"]
+PACKAGES = ["triton", "scipy", "timm", "pycocotools", "matplotlib"]
+PACKAGES += ["opencv-python-headless", "opencv-python", "setuptools"]
 
 
 def package_version(name: str) -> str:

@@ -95,7 +95,7 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.REFINE_MASK_HEAD.LOSS_WEIGHT = 12.0
     _C.MODEL.REFINE_MASK_HEAD.IOU_LOSS_WEIGHT = 6.0  # of the mask's predicted quality
 
-    # Deformable attention: auto, cpp or eager. auto takes the fastest one that works where the tensors are.
+    # Deformable attention: auto, cpp, triton or eager. auto takes the fastest one that works where the tensors are.
     _C.MODEL.MS_DEFORM_ATTN = "auto"
 
     # Where the loaded weights have other classes: "" starts the classifiers anew; the name of the dataset that the

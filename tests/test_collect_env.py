@@ -34,6 +34,7 @@ def test_report_states_the_installed_versions():
     assert value(report, "PyTorch").startswith(torch.__version__)
     assert value(report, "scipy") == scipy.__version__
     assert value(report, "timm") == timm.__version__
+    assert value(report, "triton") == package_version("triton")
     assert f"torch uses {torch.get_num_threads()} threads" in value(report, "CPU")
     assert value(report, "detectron2")
 
@@ -43,6 +44,13 @@ def test_report_tells_the_active_backend_and_why():
     assert value(collect_env_info(), "deformable attention on cpu") == f"{backend}: {reason}"
     set_backend("eager")
     assert value(collect_env_info(), "deformable attention on cpu") == "eager: asked for"
+
+
+def test_report_tells_the_backend_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("codetr_d2.collect_env.detectron2_env_info", lambda: "")  # would ask the GPU more
+    monkeypatch.setattr("codetr_d2.collect_env.active_backend", lambda device: ("triton", f"kernels on {device}"))
+    assert value(collect_env_info(), "deformable attention on cuda") == "triton: kernels on cuda"
 
 
 def test_missing_package_and_compiler_are_reported(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 """Measure the project's speed and memory: medians of alternating runs, on a machine that does nothing else.
 
 python tools/benchmark.py op --threads 2 --output op.json     # deformable attention: compiled kernels and eager code
+python tools/benchmark.py op --device cuda --dtype bfloat16   # the same on a GPU: Triton's kernels
 """
 
 import argparse
@@ -63,11 +64,21 @@ def run_once(inputs, with_backward):
     return [output, *(x.grad for x in leaves if x.requires_grad)]
 
 
-def peak_extra_memory(size, dtype, threads, backend, with_backward):
-    """Bytes that a call needs beyond its inputs and results, at the worst moment. For a process of its own.
+def bytes_made(results, with_backward):
+    made = sum(x.numel() * x.element_size() for x in results)
+    return made + (results[0].numel() * results[0].element_size() if with_backward else 0)  # the output's gradient
 
-    None where the system can't tell: it takes Linux.
-    """
+
+def peak_extra_gpu_memory(inputs, with_backward):
+    """Bytes that a call needs on the GPU beyond its inputs and results, at the worst moment."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = run_once(inputs, with_backward)
+    return max(0, torch.cuda.max_memory_allocated() - before - bytes_made(results, with_backward))
+
+
+def peak_extra_memory(size, dtype, threads, backend, with_backward):
+    """The same on the CPU. For a process of its own. None where the system can't tell: it takes Linux."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not status.exists() or not os.access(reset, os.W_OK):
         return None
@@ -84,14 +95,13 @@ def peak_extra_memory(size, dtype, threads, backend, with_backward):
     before = resident("VmRSS")
     reset.write_text("5")  # forget the highest value so far
     results = run_once(inputs, with_backward)
-    made = sum(x.numel() * x.element_size() for x in results)
-    made += results[0].numel() * results[0].element_size() if with_backward else 0  # the gradient of the output
-    return max(0, resident("VmHWM") - before - made)
+    return max(0, resident("VmHWM") - before - bytes_made(results, with_backward))
 
 
-def measure_op(size, dtype, threads, backends, repeat):
+def measure_op(size, dtype, device, threads, backends, repeat):
     """Alternate the backends; returns the seconds of every run and the extra memory, by pass and backend."""
-    inputs = make_inputs(SIZES[size], dtype)
+    inputs = make_inputs(SIZES[size], dtype, device)
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None  # a GPU is only told what to do
     result = {"size": size, "tokens": inputs[0].shape[1], "dtype": str(dtype).removeprefix("torch."), "passes": {}}
     for name in PASSES:
         with_backward = name != "forward"
@@ -99,12 +109,18 @@ def measure_op(size, dtype, threads, backends, repeat):
         for turn in range(repeat + 1):  # the first one warms up
             for backend in backends:
                 set_backend(backend)
+                finish()
                 start = time.perf_counter()
                 run_once(inputs, with_backward)
+                finish()
                 if turn:
                     seconds[backend].append(time.perf_counter() - start)
         memory = {}
         for backend in backends:
+            if device == "cuda":
+                set_backend(backend)
+                memory[backend] = peak_extra_gpu_memory(inputs, with_backward)
+                continue
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 memory[backend] = pool.submit(peak_extra_memory, size, dtype, threads, backend, with_backward).result()
         medians = [statistics.median(seconds[backend]) for backend in backends]
@@ -120,21 +136,27 @@ def describe(seconds, extra_bytes):
 
 def benchmark_op(args):
     torch.set_num_threads(args.threads)
-    fastest, why = active_backend("cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no GPU")
+    if (args.device, args.dtype) in (("cpu", "float16"), ("cuda", "float64")):
+        raise InputError(f"--dtype {args.dtype}: only plain PyTorch computes it on {args.device}")
+    fastest, why = active_backend(args.device)
     if fastest == args.against:
         raise InputError(f"there is nothing to compare {args.against} with: {why}")
     backends = (fastest, args.against)
     report = {
         "torch": torch.__version__,
         "backend": why,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "threads": args.threads,
         "load_before": os.getloadavg()[0],
         "results": [],
     }
-    print(f"torch {torch.__version__}, {args.threads} threads, {why}, load {report['load_before']:.1f}")
+    where = f"{report['device']}, {args.threads} threads"
+    print(f"torch {torch.__version__}, {where}, {why}, load {report['load_before']:.1f}")
     print("median (fastest to slowest) of each pass, and the memory it needs beyond inputs and results")
     for size in args.sizes:
-        result = measure_op(size, getattr(torch, args.dtype), args.threads, backends, args.repeat)
+        result = measure_op(size, getattr(torch, args.dtype), args.device, args.threads, backends, args.repeat)
         report["results"].append(result)
         print(f"\n{size}: {result['tokens']} tokens, {args.dtype}")
         for name, measured in result["passes"].items():
@@ -164,9 +186,11 @@ def size_names(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    op = commands.add_parser("op", help="the deformable attention operator, forward and backward, on the CPU")
+    op = commands.add_parser("op", help="the deformable attention operator, forward and backward")
     op.add_argument("--against", choices=("eager",), default="eager", help="what the fastest backend is compared with")
-    op.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of the values")
+    op.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda compares Triton's kernels")
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    op.add_argument("--dtype", choices=dtypes, default="float32", help="of the values")
     op.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads")
     op.add_argument("--sizes", type=size_names, default=["encoder-4"], help="comma-separated: " + ", ".join(SIZES))
     op.add_argument("--repeat", type=positive, default=5, help="timed runs of each backend and pass")

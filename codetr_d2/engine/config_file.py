@@ -205,7 +205,7 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
         if cfg.MODEL.KEYPOINT_ON:
             raise InputError("MODEL.KEYPOINT_ON is True, but Co-DETR has no keypoints; set it to False")
         one_of("MODEL.CODETR.POSITIVE_QUERIES.PADDING", ["negatives", "mask"])
-        one_of("MODEL.MS_DEFORM_ATTN", ["auto", "cpp", "eager"])
+        one_of("MODEL.MS_DEFORM_ATTN", ["auto", "cpp", "triton", "eager"])
         positive(*(f"MODEL.CODETR.{x}" for x in ("NUM_CLASSES", "NUM_QUERIES", "EMBED_DIM", "SIZE_DIVISIBILITY")))
         positive(*(f"MODEL.CODETR.POSITIVE_QUERIES.{x}" for x in ("MAX_PER_HEAD", "MIN_PER_HEAD")))
         for part in ("ENCODER", "DECODER"):

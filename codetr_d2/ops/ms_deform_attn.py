@@ -1,5 +1,7 @@
 """The operator ``torch.ops.codetr_d2.ms_deform_attn``, and the choice of the backend that computes it."""
 
+import functools
+import importlib
 import sys
 import warnings
 from pathlib import Path
@@ -12,8 +14,9 @@ from .eager import ms_deform_attn_eager, ms_deform_attn_eager_backward
 
 __all__ = ["active_backend", "ms_deform_attn", "set_backend"]
 
-BACKENDS = ("auto", "cpp", "eager")
+BACKENDS = ("auto", "cpp", "triton", "eager")
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+MIN_CAPABILITY = (7, 0)  # of NVIDIA's GPUs, for Triton: what torch.compile asks too
 BUILD_COMMAND = f"{sys.executable} -m pip install --no-build-isolation --no-deps -e ."
 
 
@@ -31,7 +34,37 @@ def _load_library() -> str:
 
 _library_problem = _load_library()
 _chosen = "auto"
-_warned = False
+_warned = set()  # types of devices
+
+
+def _triton_kernels():
+    return importlib.import_module(".triton_kernels", __package__)
+
+
+@functools.cache
+def _triton_problem(device: torch.device | None) -> str:
+    """Why Triton can't compute on ``device``, "" if it can. None asks only whether it can be imported."""
+    try:
+        kernels = _triton_kernels()
+    except Exception as error:  # not installed, or an installation that is broken in any way
+        return f"Triton can't be imported ({error})"
+    if device is None:
+        return ""
+    if device.type == "cpu":
+        return "" if kernels.INTERPRETED else "Triton needs a GPU, and the tensors are on the CPU"
+    if device.type != "cuda":
+        return f"there is no Triton kernel for {device.type}"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < MIN_CAPABILITY:
+        needed, got = ("{}.{}".format(*x) for x in (MIN_CAPABILITY, capability))
+        return f"Triton needs a GPU of compute capability {needed}, and this one has {got}"
+    try:
+        kernels.probe(device)
+    except Exception as error:  # Triton needs a C compiler, a driver that is new enough, a folder for its cache
+        return f"Triton can't run a kernel ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+    return ""
 
 
 def _mend() -> str:
@@ -43,56 +76,62 @@ def set_backend(name: str) -> None:
 
     Args:
         name: ``auto``, the fastest backend that works where the tensors are; ``cpp``, the compiled kernels for the CPU;
-            ``eager``, plain PyTorch, which works anywhere.
+            ``triton``, the kernels for GPUs; ``eager``, plain PyTorch, which works anywhere.
 
     Raises:
-        InputError: unknown name, or ``cpp`` without the compiled library.
+        InputError: unknown name, ``cpp`` without the compiled library, or ``triton`` where Triton can't be imported.
     """
     global _chosen
     if name not in BACKENDS:
         raise InputError(f"MODEL.MS_DEFORM_ATTN is {name!r}: it must be one of {', '.join(BACKENDS)}.")
     if name == "cpp" and _library_problem:
         raise InputError(f"MODEL.MS_DEFORM_ATTN is 'cpp', but {_mend()} (or take 'auto').")
+    if name == "triton" and _triton_problem(None):
+        raise InputError(f"MODEL.MS_DEFORM_ATTN is 'triton', but {_triton_problem(None)}: install it, or take 'auto'.")
     _chosen = name
 
 
 def active_backend(device: torch.device | str) -> tuple[str, str]:
     """The backend that computes deformable attention for tensors on ``device``, and why it is the one.
 
+    ``auto`` takes eager, whatever this says, for dtypes that the other backend does not know.
+
     Returns:
-        ``cpp`` or ``eager``, and a phrase for people.
+        ``cpp``, ``triton`` or ``eager``, and a phrase for people.
 
     Raises:
-        InputError: ``cpp`` was asked for, and the device is not the CPU.
+        InputError: ``cpp`` or ``triton`` was asked for, and does not run on the device.
     """
     device = torch.device(device)
     if _chosen == "eager":
         return "eager", "asked for"
+    if _chosen == "cpp" and device.type != "cpu":
+        raise InputError(f"MODEL.MS_DEFORM_ATTN is 'cpp', which runs on the CPU; on {device.type}, take 'auto'.")
+    if _chosen == "triton" or (_chosen == "auto" and device.type == "cuda"):
+        problem = _triton_problem(device)
+        if problem and _chosen == "triton":
+            raise InputError(f"MODEL.MS_DEFORM_ATTN is 'triton', but {problem}; take 'auto'.")
+        return ("eager", problem) if problem else ("triton", "kernels compiled by Triton for the GPU")
     if device.type != "cpu":
-        _check_device(device)
         return "eager", f"there is no compiled kernel for {device.type}"
     if _library_problem:
         return "eager", _mend()
     return "cpp", f"compiled library, {torch.ops.codetr_d2._ms_deform_attn_cpp_instruction_set()} kernels"
 
 
-def _check_device(device: torch.device) -> None:
-    if _chosen == "cpp" and device.type != "cpu":
-        raise InputError(f"MODEL.MS_DEFORM_ATTN is 'cpp', which runs on the CPU; on {device.type}, take 'auto'.")
-
-
-def _takes_cpp(value: Tensor) -> bool:
-    """Whether the compiled kernels compute this call. Warns, the first time they are missed."""
-    global _warned
-    _check_device(value.device)
+def _backend_of(value: Tensor) -> str:
+    """The backend that computes this call. Warns, the first time that the fast one for a device is missed."""
+    backend, why = active_backend(value.device)
     if _chosen != "auto":
-        return _chosen == "cpp"
-    if value.device.type != "cpu":
-        return False
-    if _library_problem and not _warned:
-        _warned = True
-        warnings.warn(f"Deformable attention runs in plain PyTorch, which is slow: {_mend()}", stacklevel=3)
-    return not _library_problem and value.dtype in CPP_DTYPES
+        return backend
+    kind = value.device.type
+    if backend == "eager":
+        if kind in ("cpu", "cuda") and kind not in _warned:
+            _warned.add(kind)
+            warnings.warn(f"Deformable attention runs in plain PyTorch, which is slow: {why}", stacklevel=3)
+        return backend
+    dtypes = CPP_DTYPES if backend == "cpp" else _triton_kernels().TRITON_DTYPES
+    return backend if value.dtype in dtypes else "eager"
 
 
 @torch.library.custom_op("codetr_d2::ms_deform_attn", mutates_args=())
@@ -104,7 +143,10 @@ def _ms_deform_attn(
     attention_weights: Tensor,
 ) -> Tensor:
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    return torch.ops.codetr_d2._ms_deform_attn_cpp(*inputs) if _takes_cpp(value) else ms_deform_attn_eager(*inputs)
+    backend = _backend_of(value)
+    if backend == "cpp":
+        return torch.ops.codetr_d2._ms_deform_attn_cpp(*inputs)
+    return _triton_kernels().ms_deform_attn_triton(*inputs) if backend == "triton" else ms_deform_attn_eager(*inputs)
 
 
 @torch.library.custom_op("codetr_d2::ms_deform_attn_backward", mutates_args=())
@@ -118,8 +160,11 @@ def _ms_deform_attn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``value``, ``sampling_locations`` and ``attention_weights``."""
     inputs = (grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    if _takes_cpp(value):
+    backend = _backend_of(value)
+    if backend == "cpp":
         return torch.ops.codetr_d2._ms_deform_attn_cpp_backward(*inputs)
+    if backend == "triton":
+        return _triton_kernels().ms_deform_attn_triton_backward(*inputs)
     return ms_deform_attn_eager_backward(*inputs)
 
 
@@ -177,10 +222,10 @@ def ms_deform_attn(
 
     Raises:
         RuntimeError: sizes, dtypes or devices that don't fit each other.
-        InputError: the backend ``cpp`` was chosen and the tensors are not on the CPU.
+        InputError: the backend that was chosen does not run where the tensors are.
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     # No function that warns or raises is traced: the operator asks when it runs.
-    if (torch.compiler.is_compiling() and _chosen != "eager") or _takes_cpp(value):
+    if (torch.compiler.is_compiling() and _chosen != "eager") or _backend_of(value) != "eager":
         return torch.ops.codetr_d2.ms_deform_attn(*inputs)
     return ms_deform_attn_eager(*inputs)

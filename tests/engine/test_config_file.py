@@ -177,6 +177,7 @@ VIT = [
         ([*CROP, "relative", "INPUT.CROP.SIZE", "[384, 600]"], 1, r"CROP\.SIZE is \[384, 600\];.*shares"),
         ([*CROP, "absolute", "INPUT.CROP.SIZE", "[384]"], 1, r"CROP\.SIZE is \[384\];.*two numbers"),
         ([*CROP, "absolute_range", "INPUT.CROP.SIZE", "[600, 384]"], 1, r"CROP\.SIZE is .*least and the largest"),
+        (["MODEL.MS_DEFORM_ATTN", "cuda"], 1, r"MS_DEFORM_ATTN is 'cuda'; it may be: auto, cpp, triton, eager"),
         (["MODEL.WEIGHTS", "none.pth"], 1, r"MODEL\.WEIGHTS: there is no file none\.pth"),
     ],
 )
@@ -190,6 +191,7 @@ def test_good_values_pass(config_file):
     opts = [*CODETR, "MODEL.CODETR.AUX_HEADS", "['roi', 'roi']"]
     check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.EVAL_HEAD", "roi2"]), 2)
     check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.AUX_HEADS", "[]"]))
+    check_config(load_config(str(config_file), [*CODETR, "MODEL.MS_DEFORM_ATTN", "triton"]))
     check_config(load_config(str(config_file), [*CODETR, *SWIN]))
     check_config(load_config(str(config_file), [*CODETR, *VIT, "SOLVER.LAYER_DECAY", "0.8"]))
     canvas = ["MODEL.EVA02.IMAGE_SIZE", "1536", "MODEL.CODETR.CANVAS_SIZE", "1536"]

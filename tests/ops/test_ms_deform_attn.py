@@ -1,20 +1,20 @@
 """The deformable attention operator: its backends against loops, each other and finite differences."""
 
+import importlib
 import math
 import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import codetr_d2
 from codetr_d2.errors import InputError
 from codetr_d2.ops import active_backend, ms_deform_attn, ms_deform_attn_eager, set_backend
+from tests.ops.common import PACKAGE, make_inputs, run, run_copy
 
-PACKAGE = Path(codetr_d2.__file__).parent
 HAS_LIBRARY = any(PACKAGE.glob("_C.*"))
 HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
 # Where there is a compiler, a library that was not built is a failure, not a reason to skip.
@@ -27,34 +27,6 @@ OP = torch.ops.codetr_d2.ms_deform_attn
 def restore_backend():
     yield
     set_backend("auto")
-
-
-def make_inputs(shapes, batch=2, queries=7, heads=3, head_dim=8, points=4, dtype=torch.float32, seed=0):
-    """Inputs whose locations lie inside, on the border cells and outside, and away from the kinks at cell centres."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def rand(*size):
-        return torch.rand(size, generator=generator, dtype=torch.float64)
-
-    spatial_shapes = torch.tensor(shapes, dtype=torch.int64).reshape(-1, 2)
-    sizes = spatial_shapes.prod(1)
-    level_start_index = sizes.cumsum(0) - sizes
-    width_height = spatial_shapes.flip(1)[:, None].double()
-    points_shape = (batch, queries, heads, len(shapes), points)
-    cells = (rand(*points_shape, 2) * (width_height + 4)).floor() - 2  # from -2 to size + 1
-    locations = (cells + 0.1 + 0.8 * rand(*points_shape, 2) + 0.5) / width_height.clamp(min=1)
-    value = rand(batch, int(sizes.sum()), heads, head_dim) * 2 - 1
-    weights = rand(*points_shape) - 0.3
-    return value.to(dtype), spatial_shapes, level_start_index, locations.to(dtype), weights.to(dtype)
-
-
-def run(function, inputs, grad_output=None):
-    """The output of ``function``, and its gradients of value, locations and weights."""
-    value, shapes, starts, locations, weights = inputs
-    leaves = [x.detach().requires_grad_() for x in (value, locations, weights)]
-    output = function(leaves[0], shapes, starts, *leaves[1:])
-    output.backward(torch.ones_like(output) if grad_output is None else grad_output.to(output.dtype))
-    return output.detach(), *(x.grad for x in leaves)
 
 
 def attend_by_loops(value, spatial_shapes, level_start_index, locations, weights):
@@ -255,13 +227,107 @@ def test_half_precision_takes_eager_on_the_cpu():
 
 
 def test_choice_of_backend():
-    with pytest.raises(InputError, match="MODEL.MS_DEFORM_ATTN is 'fast': it must be one of auto, cpp, eager"):
+    with pytest.raises(InputError, match="MODEL.MS_DEFORM_ATTN is 'fast': it must be one of auto, cpp, triton, eager"):
         set_backend("fast")
     set_backend("eager")
     assert active_backend("cpu") == ("eager", "asked for")
     assert active_backend("cuda")[0] == "eager"
     set_backend("auto")
-    assert active_backend(torch.device("cuda", 0)) == ("eager", "there is no compiled kernel for cuda")
+    assert active_backend("mps") == ("eager", "there is no compiled kernel for mps")
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def dispatcher(monkeypatch):
+    """The module, as a new process finds it: nothing is known of Triton yet, and nobody was warned."""
+    module = importlib.import_module("codetr_d2.ops.ms_deform_attn")
+    monkeypatch.setattr(module, "_warned", set())
+    module._triton_problem.cache_clear()
+    yield module
+    module._triton_problem.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is only told of, and kernels for it: change ``capability`` and ``probe`` at will."""
+    fake = SimpleNamespace(capability=(9, 0), probe=lambda device: None)
+    fake.kernels = SimpleNamespace(
+        INTERPRETED=False,
+        TRITON_DTYPES=(torch.float32, torch.float16, torch.bfloat16),
+        probe=lambda device: fake.probe(device),
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: fake.capability)
+    monkeypatch.setitem(sys.modules, "codetr_d2.ops.triton_kernels", fake.kernels)
+    return fake
+
+
+def test_auto_takes_triton_on_a_gpu(dispatcher, gpu):
+    assert active_backend(CUDA)[0] == "triton"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # float64 is no reason to warn
+        for dtype, backend in [
+            (torch.float32, "triton"),
+            (torch.float16, "triton"),
+            (torch.bfloat16, "triton"),
+            (torch.float64, "eager"),
+        ]:
+            assert dispatcher._backend_of(SimpleNamespace(device=CUDA, dtype=dtype)) == backend
+    set_backend("triton")
+    assert dispatcher._backend_of(SimpleNamespace(device=CUDA, dtype=torch.float64)) == "triton"  # which refuses it
+    set_backend("eager")
+    assert dispatcher._backend_of(SimpleNamespace(device=CUDA, dtype=torch.float32)) == "eager"
+    set_backend("cpp")
+    with pytest.raises(InputError, match="runs on the CPU; on cuda, take 'auto'"):
+        active_backend(CUDA)
+
+
+def raise_no_compiler(device):
+    raise RuntimeError("Failed to find C compiler.\nMore lines")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"capability": (6, 1)}, "Triton needs a GPU of compute capability 7.0, and this one has 6.1"),
+        ({"probe": raise_no_compiler}, "Triton can't run a kernel (Failed to find C compiler.)"),
+        ({"kernels": None}, "Triton can't be imported"),
+        ({"is_available": False}, "PyTorch finds no GPU"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_gpu_without_triton(dispatcher, gpu, monkeypatch, change, reason):
+    """auto goes on with eager and says why, once; triton is refused."""
+    for name, value in change.items():
+        setattr(gpu, name, value)
+    if gpu.kernels is None:  # this is how Python remembers that a module is not to be had
+        monkeypatch.setitem(sys.modules, "codetr_d2.ops.triton_kernels", None)
+    if "is_available" in change:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    name, why = active_backend(CUDA)
+    assert name == "eager" and reason in why
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert dispatcher._backend_of(SimpleNamespace(device=CUDA, dtype=torch.float32)) == "eager"
+    assert len(caught) == 1 and reason in str(caught[0].message)
+    with pytest.raises(InputError, match="MODEL.MS_DEFORM_ATTN is 'triton', but .*take 'auto'"):
+        set_backend("triton")
+        active_backend(CUDA)
+
+
+def test_triton_is_refused_on_the_cpu(dispatcher, gpu):
+    set_backend("triton")
+    for call in (OP, ms_deform_attn):
+        with pytest.raises(InputError, match="is 'triton', but Triton needs a GPU, .* on the CPU; take 'auto'"):
+            call(*make_inputs([(2, 2)]))
+    gpu.kernels.INTERPRETED = True
+    dispatcher._triton_problem.cache_clear()
+    assert active_backend("cpu")[0] == "triton"
+    set_backend("auto")
+    assert active_backend("cpu")[0] != "triton"  # the interpreter is never fast
 
 
 @needs_cpp
@@ -271,19 +337,6 @@ def test_cpp_is_the_choice_of_auto():
     set_backend("cpp")
     with pytest.raises(InputError, match="runs on the CPU; on cuda, take 'auto'"):
         active_backend("cuda")
-
-
-def run_copy(folder, script, library, **environment):
-    """Run ``script`` in a new process, with a copy of ``codetr_d2.ops`` alone that has the compiled library or not."""
-    package = folder / "codetr_d2"
-    shutil.copytree(PACKAGE / "ops", package / "ops", ignore=shutil.ignore_patterns("__pycache__"))
-    for file in [PACKAGE / "errors.py", *(PACKAGE.glob("_C.*") if library else [])]:
-        shutil.copy(file, package)
-    (package / "__init__.py").touch()  # the other rooms take long to import and don't matter here
-    environment = {**os.environ, "PYTHONPATH": str(folder), **environment}
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 @needs_cpp
@@ -360,8 +413,13 @@ assert name == "eager" and "can't be loaded" in why and "pip install" in why, wh
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("backend", ["triton", "eager"])
 @pytest.mark.parametrize("call", [OP, ms_deform_attn], ids=["op", "function"])
-def test_cuda_equals_cpu(call):
-    inputs = make_inputs([(9, 11), (5, 6)], head_dim=32)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(32, "float32"), (5, "float32"), (32, "float16"), (64, "bfloat16")])
+def test_cuda_equals_cpu(backend, call, head_dim, dtype):
+    set_backend(backend)
+    value, *others = make_inputs([(9, 11), (5, 6)], head_dim=head_dim, queries=70)
+    inputs = [value.to(getattr(torch, dtype)), *others]
+    tolerance = 1e-4 if dtype == "float32" else 2**-7
     for result, expected in zip(run(call, [x.cuda() for x in inputs]), run(ms_deform_attn_eager, inputs)):
-        torch.testing.assert_close(result.cpu(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result.cpu(), expected, rtol=tolerance, atol=1e-4 * expected.abs().max().item())
