@@ -49,9 +49,10 @@ def find_cases(folder: Path, kind: str) -> list[str]:
     return sorted(path.stem for path in (folder / kind).glob("*.*"))
 
 
-def config_file(name: str) -> Path | None:
-    """Our config of the same name as the published one, or None where there is none (yet)."""
-    return next((ROOT / "configs").glob(f"*/{name}.yaml"), None)
+def config_file(name: str) -> Path:
+    """Our config of the same name as the published one."""
+    [path] = (ROOT / "configs").glob(f"*/{name}.yaml")
+    return path
 
 
 def build_config(meta: dict):
