@@ -53,7 +53,7 @@ class OptionalBuildExtension(BuildExtension):
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: single-threaded there
 extension = CppExtension(
     "codetr_d2._C",
-    ["codetr_d2/ops/csrc/ms_deform_attn_cpu.cpp"],
+    ["codetr_d2/ops/csrc/ms_deform_attn_cpu.cpp", "codetr_d2/ops/csrc/cpu_allocator.cpp"],
     # No -march=native: the file holds the kernels of several instruction sets, and the build may move.
     extra_compile_args=["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", *openmp],
     extra_link_args=openmp,

@@ -13,6 +13,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from . import ops
+from .backbones.folded_batch_norm import fold_frozen_batch_norm
 from .errors import InputError
 from .heads import QUERY_HEAD_REGISTRY, build_auxiliary_head
 from .heads.refine_mask import RefineMaskHead
@@ -99,7 +100,10 @@ class CoDETR(nn.Module):
         options = cfg.MODEL.CODETR
         mask_kind = options.MASK_HEAD if cfg.MODEL.MASK_ON else None
         ops.set_backend(cfg.MODEL.MS_DEFORM_ATTN)
+        if cfg.MODEL.DEVICE == "cpu":
+            ops.keep_freed_memory()
         backbone = build_backbone(cfg)
+        fold_frozen_batch_norm(backbone)
         shapes = backbone.output_shape()
         for name in options.IN_FEATURES:
             if name not in shapes:
@@ -184,7 +188,9 @@ class CoDETR(nn.Module):
 
     def extract_features(self, images: ImageList) -> FeaturePyramid:
         """The levels that the encoder reads."""
-        features = self.backbone(images.tensor)
+        # Channels last: the layout that convolutions are fast with on the CPU, and that tokens have anyway.
+        layout = torch.channels_last if images.device.type == "cpu" else torch.contiguous_format
+        features = self.backbone(images.tensor.contiguous(memory_format=layout))
         levels = [features[name] for name in self.in_features]
         if self.neck is not None:
             levels = self.neck(levels)

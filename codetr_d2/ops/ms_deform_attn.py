@@ -37,6 +37,11 @@ _chosen = "auto"
 _warned = set()  # types of devices
 
 
+def library_is_loaded() -> bool:
+    """Whether the compiled library is there."""
+    return not _library_problem
+
+
 def _triton_kernels():
     return importlib.import_module(".triton_kernels", __package__)
 

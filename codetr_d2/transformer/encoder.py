@@ -9,6 +9,8 @@ from ..structures import FeaturePyramid
 
 __all__ = ["DeformableEncoder", "DeformableEncoderLayer", "FeedForward"]
 
+CACHED_ROWS = 1024
+
 
 class FeedForward(nn.Module):
     """Linear - ReLU - Linear, without the residual connection.
@@ -29,7 +31,13 @@ class FeedForward(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.linear1(x).relu_()))
+        """[..., embed_dim] -> [..., embed_dim]"""
+        rows = x.flatten(0, -2)  # of two dimensions, the layer's output is no view, and ReLU can work in place
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return self.linear2(self.dropout(self.linear1(rows).relu_())).view_as(x)
+        # Part by part, so that the hidden features stay in the processor's cache.
+        parts = [self.linear2(self.linear1(part).relu_()) for part in rows.split(CACHED_ROWS)]
+        return torch.cat(parts).view_as(x)
 
 
 class DeformableEncoderLayer(nn.Module):

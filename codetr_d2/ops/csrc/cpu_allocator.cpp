@@ -1,0 +1,163 @@
+// An allocator for the CPU that keeps large freed blocks for the next tensor of about the same size.
+//
+// The C library hands every large block back to the system, which zeroes it page by page when the next tensor touches
+// it: a third of the time of a training step. Here a freed block waits in a list. A model allocates the same sizes
+// again and again, so most blocks come from it. What waits is handed back before the process would grow past what its
+// tensors needed at once at the worst moment so far, so that its memory is that of a process without the list.
+
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <new>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+constexpr size_t kMinBytes = 1 << 20;  // what is smaller is the C library's
+constexpr size_t kHugePage = 2 << 20;
+constexpr size_t kSlackShare = 8;  // a block may be larger than the request by 1/8
+
+class KeepingAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes < kMinBytes) {
+      return small_->allocate(bytes);
+    }
+    void* data = take(bytes);
+    return {data, data, &give_back, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override {
+    return &give_back;
+  }
+
+  void copy_data(void* dest, const void* src, std::size_t count) const override {
+    default_copy_data(dest, src, count);
+  }
+
+  // [bytes that wait, bytes in use, bytes in use at the worst moment]
+  std::vector<int64_t> statistics() {
+    std::lock_guard<std::mutex> guard(mutex_);
+    return {(int64_t)waiting_bytes_, (int64_t)used_bytes_, (int64_t)peak_bytes_};
+  }
+
+  void lock() {
+    mutex_.lock();
+  }
+  void unlock() {
+    mutex_.unlock();
+  }
+
+  static KeepingAllocator& instance() {
+    static KeepingAllocator* allocator = new KeepingAllocator;  // tensors may outlive everything else
+    return *allocator;
+  }
+
+ private:
+  void* take(size_t bytes) {
+    const size_t page = bytes < 2 * kHugePage ? 4096 : kHugePage;
+    bytes = (bytes + page - 1) / page * page;
+    std::lock_guard<std::mutex> guard(mutex_);
+    auto found = waiting_.lower_bound(bytes);
+    void* data = nullptr;
+    if (found != waiting_.end() && found->first <= bytes + bytes / kSlackShare) {
+      bytes = found->first;
+      data = found->second;
+      waiting_bytes_ -= bytes;
+      waiting_.erase(found);
+    } else {
+      // The largest go first: the fewest calls, and the least likely to fit.
+      const size_t bound = std::max(peak_bytes_, used_bytes_ + bytes);
+      while (!waiting_.empty() && used_bytes_ + bytes + waiting_bytes_ > bound) {
+        release(std::prev(waiting_.end()));
+      }
+      data = map(bytes);
+      while (data == nullptr && !waiting_.empty()) {  // a limit of the system's
+        release(std::prev(waiting_.end()));
+        data = map(bytes);
+      }
+      TORCH_CHECK(data != nullptr, "not enough memory: you tried to allocate ", bytes, " bytes.");
+    }
+    used_[data] = bytes;
+    used_bytes_ += bytes;
+    peak_bytes_ = std::max(peak_bytes_, used_bytes_);
+    return data;
+  }
+
+  static void give_back(void* data) {
+    KeepingAllocator& self = instance();
+    std::unique_lock<std::mutex> guard(self.mutex_);
+    const auto found = self.used_.find(data);
+    if (found == self.used_.end()) {  // a small one, of raw_allocate
+      guard.unlock();
+      self.small_->raw_deleter()(data);
+      return;
+    }
+    self.used_bytes_ -= found->second;
+    self.waiting_bytes_ += found->second;
+    self.waiting_.emplace(found->second, data);
+    self.used_.erase(found);
+  }
+
+  void release(std::multimap<size_t, void*>::iterator block) {
+    munmap(block->second, block->first);
+    waiting_bytes_ -= block->first;
+    waiting_.erase(block);
+  }
+
+  // Aligned to huge pages where it is worth it.
+  static void* map(size_t bytes) {
+    const size_t extra = bytes % kHugePage == 0 ? kHugePage : 0;
+    void* raw = mmap(nullptr, bytes + extra, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (raw == MAP_FAILED) {
+      return nullptr;
+    }
+    char* data = static_cast<char*>(raw);
+    if (extra != 0) {
+      const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(data) % kHugePage) % kHugePage;
+      if (before != 0) {
+        munmap(data, before);
+      }
+      data += before;
+      munmap(data + bytes, extra - before);
+#ifdef MADV_HUGEPAGE
+      madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+    }
+    return data;
+  }
+
+  c10::Allocator* small_ = c10::GetDefaultCPUAllocator();
+  std::mutex mutex_;
+  std::multimap<size_t, void*> waiting_;
+  std::unordered_map<void*, size_t> used_;
+  size_t waiting_bytes_ = 0, used_bytes_ = 0, peak_bytes_ = 0;
+};
+
+void keep_freed_memory() {
+  static const bool once = [] {
+    KeepingAllocator::instance();
+    // A child of a fork must not find the lock held by a thread that it does not have.
+    pthread_atfork(
+        [] { KeepingAllocator::instance().lock(); }, [] { KeepingAllocator::instance().unlock(); },
+        [] { KeepingAllocator::instance().unlock(); });
+    c10::SetCPUAllocator(&KeepingAllocator::instance(), /*priority=*/1);
+    return true;
+  }();
+  (void)once;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(codetr_d2, m) {
+  m.def("_keep_freed_memory() -> ()", keep_freed_memory);
+  m.def("_kept_memory() -> int[]", [] { return KeepingAllocator::instance().statistics(); });
+}
