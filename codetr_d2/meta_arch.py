@@ -1,5 +1,6 @@
 """Co-DETR: a DETR trained together with auxiliary heads that assign one to many (paper, section 3)."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -47,6 +48,7 @@ class CoDETR(nn.Module):
         size_divisibility: images are padded to multiples of so many pixels.
         canvas_size: side of the square, in pixels, that every image is put on at the top left and whose padding counts
             as a part of the image; 0 to pad images to the largest of their batch instead, and mask the padding.
+        inference_dtype: torch.float32, or torch.bfloat16 for autocast at inference.
         canvas_value: value of the canvas's pixels before their normalisation.
     """
 
@@ -69,6 +71,7 @@ class CoDETR(nn.Module):
         size_divisibility: int = 1,
         canvas_size: int = 0,
         canvas_value: float = 114.0,
+        inference_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.backbone = backbone
@@ -78,6 +81,7 @@ class CoDETR(nn.Module):
         self.size_divisibility = size_divisibility
         self.canvas_size = canvas_size
         self.canvas_value = canvas_value
+        self.inference_dtype = inference_dtype
         self.query_head = query_head
         self.auxiliary_heads = nn.ModuleDict(auxiliary_heads)
         if auxiliary_heads:
@@ -151,6 +155,7 @@ class CoDETR(nn.Module):
             "size_divisibility": size_divisibility,
             "canvas_size": options.CANVAS_SIZE,
             "canvas_value": options.CANVAS_VALUE,
+            "inference_dtype": getattr(torch, options.INFERENCE_DTYPE),
         }
 
     @property
@@ -167,10 +172,13 @@ class CoDETR(nn.Module):
             Training: the losses by name. Inference: for each image ``{"instances": Instances}`` with ``pred_boxes``,
             ``scores`` and ``pred_classes``, and where the model has masks ``pred_masks`` ([N, height, width] bool).
         """
-        memory = self.query_head.encode(self.extract_features(self.preprocess(batched_inputs)))
+        images = self.preprocess(batched_inputs)
         if not self.training:
-            return self.inference(memory, batched_inputs)
+            half = self.inference_dtype != torch.float32
+            with torch.autocast(self.device.type, self.inference_dtype) if half else contextlib.nullcontext():
+                return self.inference(self.query_head.encode(self.extract_features(images)), batched_inputs)
 
+        memory = self.query_head.encode(self.extract_features(images))
         instances = [x["instances"].to(self.device) for x in batched_inputs]
         losses, samples = {}, {}
         if self.auxiliary_heads:
@@ -272,6 +280,7 @@ def build_pyramid(
         shapes=[tuple(x.shape[-2:]) for x in levels],
         strides=list(strides),
         image_sizes=[tuple(size) for size in images.image_sizes],
+        batch_shape=(height, width),
         padded_sizes=[(math.ceil(h / unit) * unit, math.ceil(w / unit) * unit) for h, w in images.image_sizes],
         valid_ratios=torch.stack([valid_ratio(m) for m in masks], dim=1),
     )

@@ -3,14 +3,25 @@
 Shapes use B images, L feature levels, S tokens (all cells of all levels), C channels, Q queries, K classes.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from detectron2.structures import Instances
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-__all__ = ["DecoderOutput", "EncoderProposals", "FeaturePyramid", "PositiveSamples", "QueryGroup", "Targets"]
+__all__ = [
+    "DecoderOutput",
+    "EncoderProposals",
+    "FeaturePyramid",
+    "PositiveSamples",
+    "QueryGroup",
+    "Targets",
+    "once_for_each_geometry",
+]
 
 
 @dataclass
@@ -25,7 +36,8 @@ class FeaturePyramid:
         shapes: (height, width) of each level.
         strides: pixels of the network input that a cell of each level spans.
         image_sizes: (height, width) of each image inside the padded batch, in pixels: what "valid" means.
-        padded_sizes: the same with each image padded as if it were alone in its batch: where anchors may lie.
+        batch_shape: (height, width) of the padded batch, in pixels.
+        padded_sizes: image_sizes with each image padded as if it were alone in its batch: where anchors may lie.
         valid_ratios: [B, L, 2] share of each level that is not padding, as (x, y).
     """
 
@@ -34,6 +46,7 @@ class FeaturePyramid:
     shapes: list[tuple[int, int]]
     strides: list[int]
     image_sizes: list[tuple[int, int]]
+    batch_shape: tuple[int, int]
     padded_sizes: list[tuple[int, int]]
     valid_ratios: Tensor
 
@@ -47,6 +60,16 @@ class FeaturePyramid:
         """[L] int64, the index of each level's first token."""
         sizes = self.spatial_shapes.prod(1)
         return sizes.cumsum(0) - sizes
+
+    @property
+    def value_mask(self) -> Tensor | None:
+        """``padding_mask`` for attention, None where no image is padded: there is nothing to leave out then."""
+        return None if all(size == self.batch_shape for size in self.image_sizes) else self.padding_mask
+
+    @property
+    def geometry(self) -> tuple:
+        """What everything that does not depend on the features is made from; it can be compared."""
+        return tuple(self.shapes), tuple(self.image_sizes), self.batch_shape, self.tokens.device
 
     @property
     def image_sizes_xyxy(self) -> Tensor:
@@ -70,6 +93,24 @@ class FeaturePyramid:
         """The levels as maps, each [B, C, height, width]."""
         levels = self.tokens.split([h * w for h, w in self.shapes], dim=1)
         return [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(levels, self.shapes)]
+
+
+def once_for_each_geometry(method: Callable[[nn.Module, FeaturePyramid], Any]) -> Callable:
+    """Decorate a module's method whose result depends on the geometry of a pyramid alone: the last one is kept."""
+    name = f"_last_{method.__name__}"
+
+    @functools.wraps(method)
+    def wrapper(module: nn.Module, pyramid: FeaturePyramid) -> Any:
+        if torch.compiler.is_compiling():  # a graph holds no state
+            return method(module, pyramid)
+        geometry, result = module.__dict__.get(name, (None, None))
+        if geometry != pyramid.geometry:
+            with torch.no_grad():
+                result = method(module, pyramid)
+            module.__dict__[name] = pyramid.geometry, result
+        return result
+
+    return wrapper
 
 
 class Targets:
@@ -100,17 +141,15 @@ class Targets:
 
 @dataclass
 class EncoderProposals:
-    """A class and box prediction at every token of the encoder, from which the matching queries start.
+    """A class prediction at every token of the encoder, and what a box is predicted from.
 
     Attributes:
         logits: [B, S, K] class logits.
-        box_logits: [B, S, 4] cxcywh box before the sigmoid; +inf at tokens that cannot hold a proposal.
-        prior_logits: [B, S, 4] the part of box_logits that is fixed by the position of the token.
-        embeddings: [B, S, C] the features that both come from.
+        prior_logits: [B, S, 4] the token's prior box before the sigmoid, cxcywh; +inf where no proposal can be.
+        embeddings: [B, S, C] the features that classes and boxes come from.
     """
 
     logits: Tensor
-    box_logits: Tensor
     prior_logits: Tensor
     embeddings: Tensor
 

@@ -35,6 +35,7 @@ def memory():
         shapes=shapes,
         strides=[8, 16],
         image_sizes=[(32, 48), (32, 32)],
+        batch_shape=(32, 48),
         padded_sizes=[(32, 48), (32, 32)],
         valid_ratios=torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[4 / 6, 1.0], [2 / 3, 1.0]]]),
     )

@@ -46,6 +46,7 @@ def gradients(images):
         shapes=shapes,
         strides=STRIDES,
         image_sizes=[SIZE] * len(images),
+        batch_shape=SIZE,
         padded_sizes=[SIZE] * len(images),
         valid_ratios=torch.ones(len(images), len(STRIDES), 2),
     )

@@ -38,6 +38,7 @@ _FREE_TO_CHANGE = {
     "MODEL.CODETR.ACTIVATION_CHECKPOINTING",
     "MODEL.CODETR.CLASS_NAMES",
     "MODEL.CODETR.EVAL_HEAD",
+    "MODEL.CODETR.INFERENCE_DTYPE",
     "MODEL.EVA02.ACTIVATION_CHECKPOINTING",
     "MODEL.SWIN.ACTIVATION_CHECKPOINTING",
     "MODEL.CODETR.REUSE_CLASSES",
@@ -190,6 +191,7 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
                 f"most MODEL.CODETR.NUM_FEATURE_LEVELS ({model.NUM_FEATURE_LEVELS})"
             )
         one_of("MODEL.CODETR.NECK", ["ChannelMapper", ""])
+        one_of("MODEL.CODETR.INFERENCE_DTYPE", ["float32", "bfloat16"])
         one_of("MODEL.CODETR.EVAL_HEAD", ["detr", *auxiliary_head_names(model.AUX_HEADS)])
         if cfg.MODEL.MASK_ON:
             one_of("MODEL.CODETR.MASK_HEAD", ["roi", "refine"])

@@ -6,6 +6,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..layers import SinePositionEncoding, sine_embedding
+from ..queries import gather_tokens
 from ..structures import DecoderOutput, EncoderProposals, QueryGroup
 from .query_head import QUERY_HEAD_REGISTRY, QueryHead, query_head_arguments
 
@@ -42,13 +43,15 @@ class CoDeformableDETRHead(QueryHead):
         """See the base class: the logits of class 0, which the encoder learns as objectness."""
         return proposals.logits[..., 0]
 
-    def matching_queries(self, proposals: EncoderProposals, index: Tensor) -> QueryGroup:
+    def matching_queries(self, boxes: Tensor) -> QueryGroup:
         """See the base class; the position comes from the box."""
-        group = super().matching_queries(proposals, index)
+        group = super().matching_queries(boxes)
         embedding = sine_embedding(group.reference_boxes, self.embed_dim // 2)
         position = self.box_norm(self.box_proj(embedding))[..., : self.embed_dim]
         return dataclasses.replace(group, position=position)
 
-    def encoder_output(self, proposals: EncoderProposals, index: Tensor) -> DecoderOutput:
+    def encoder_output(self, proposals: EncoderProposals, index: Tensor) -> tuple[DecoderOutput, Tensor]:
         """See the base class: every token is trained."""
-        return DecoderOutput(proposals.logits[None], proposals.box_logits.sigmoid()[None], proposals.embeddings[None])
+        boxes = self.proposals.box_logits(proposals).sigmoid()
+        output = DecoderOutput(proposals.logits[None], boxes[None], proposals.embeddings[None])
+        return output, gather_tokens(boxes, index)

@@ -4,9 +4,9 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from ..layers import SinePositionEncoding
-from ..queries import ContrastiveDenoising
+from ..queries import ContrastiveDenoising, gather_tokens
 from ..structures import DecoderOutput, EncoderProposals, QueryGroup, Targets
-from .query_head import QUERY_HEAD_REGISTRY, QueryHead, gather_tokens, query_head_arguments
+from .query_head import QUERY_HEAD_REGISTRY, QueryHead, query_head_arguments
 
 __all__ = ["CoDINOHead"]
 
@@ -56,12 +56,11 @@ class CoDINOHead(QueryHead):
         """See the base class: the largest logit of any class."""
         return proposals.logits.amax(-1)
 
-    def encoder_output(self, proposals: EncoderProposals, index: Tensor) -> DecoderOutput:
+    def encoder_output(self, proposals: EncoderProposals, index: Tensor) -> tuple[DecoderOutput, Tensor]:
         """See the base class: the tokens that become queries are trained."""
-        logits, box_logits, embeddings = (
-            gather_tokens(x, index) for x in (proposals.logits, proposals.box_logits, proposals.embeddings)
-        )
-        return DecoderOutput(logits[None], box_logits.sigmoid()[None], embeddings[None])
+        boxes = self.proposals.box_logits(proposals, index).sigmoid()
+        logits, embeddings = gather_tokens(proposals.logits, index), gather_tokens(proposals.embeddings, index)
+        return DecoderOutput(logits[None], boxes[None], embeddings[None]), boxes
 
     def extra_queries(self, targets: Targets) -> list[QueryGroup]:
         """See the base class."""

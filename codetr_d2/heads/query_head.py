@@ -13,7 +13,15 @@ from ..criterion import SetCriterion
 from ..layers import SinePositionEncoding
 from ..postprocess import detections_from_queries
 from ..queries import PositiveQueries, TwoStageProposals
-from ..structures import DecoderOutput, EncoderProposals, FeaturePyramid, PositiveSamples, QueryGroup, Targets
+from ..structures import (
+    DecoderOutput,
+    EncoderProposals,
+    FeaturePyramid,
+    PositiveSamples,
+    QueryGroup,
+    Targets,
+    once_for_each_geometry,
+)
 from ..transformer import DeformableDecoder, DeformableEncoder
 
 __all__ = ["QUERY_HEAD_REGISTRY", "QueryHead", "query_head_arguments"]
@@ -82,9 +90,14 @@ class QueryHead(nn.Module):
 
     def encode(self, pyramid: FeaturePyramid) -> FeaturePyramid:
         """The neck's output -> the encoder's output, of the same shape."""
+        return dataclasses.replace(pyramid, tokens=self.encoder(pyramid, self.positions(pyramid)))
+
+    @once_for_each_geometry
+    def positions(self, pyramid: FeaturePyramid) -> Tensor:
+        """[B, S, C] position encoding of the tokens."""
         masks = pyramid.padding_mask.split([h * w for h, w in pyramid.shapes], dim=1)
         position = [self.position_encoding(m.unflatten(1, shape)) for m, shape in zip(masks, pyramid.shapes)]
-        return dataclasses.replace(pyramid, tokens=self.encoder(pyramid, torch.cat(position, dim=1)))
+        return torch.cat(position, dim=1)
 
     def losses(
         self, memory: FeaturePyramid, samples: dict[str, PositiveSamples], instances: list[Instances]
@@ -101,12 +114,13 @@ class QueryHead(nn.Module):
         """
         proposals = self.proposals(memory)
         index = self.best_proposals(proposals)
+        encoder_output, boxes = self.encoder_output(proposals, index)
         targets = Targets(instances, memory.image_sizes_xyxy)
-        groups = [self.matching_queries(proposals, index), *self.extra_queries(targets)]
+        groups = [self.matching_queries(boxes.detach()), *self.extra_queries(targets)]
         for head, module in zip(samples, self.positive_queries):
             groups.append(module(samples[head], memory.image_sizes_xyxy, name=f"_aux_{head}"))
         outputs = self.decoder(groups, memory)
-        losses = self.criterion(outputs, self.encoder_output(proposals, index), targets)
+        losses = self.criterion(outputs, encoder_output, targets)
         return {k: v * self.positive_weight if "_aux_" in k else v for k, v in losses.items()}, outputs[0]
 
     def inference(self, memory: FeaturePyramid) -> list[Instances]:
@@ -119,7 +133,8 @@ class QueryHead(nn.Module):
     def predict(self, memory: FeaturePyramid) -> DecoderOutput:
         """Predictions of every decoder layer for the matching queries alone."""
         proposals = self.proposals(memory)
-        return self.decoder([self.matching_queries(proposals, self.best_proposals(proposals))], memory)[0]
+        boxes = self.proposals.box_logits(proposals, self.best_proposals(proposals)).sigmoid()
+        return self.decoder([self.matching_queries(boxes)], memory)[0]
 
     def best_proposals(self, proposals: EncoderProposals) -> Tensor:
         """[B, Q] indices of the tokens with the highest scores, by falling score."""
@@ -130,24 +145,18 @@ class QueryHead(nn.Module):
         """[B, S] logits by which tokens are chosen."""
         raise NotImplementedError
 
-    def matching_queries(self, proposals: EncoderProposals, index: Tensor) -> QueryGroup:
-        """Mixed query selection: boxes from the proposals [B, Q] ``index``, learned content, and no position."""
-        boxes = gather_tokens(proposals.box_logits, index).detach().sigmoid()
-        content = self.query_content.weight[: index.shape[1]].expand(len(index), -1, -1)
+    def matching_queries(self, boxes: Tensor) -> QueryGroup:
+        """Mixed query selection: the boxes [B, Q, 4] of the best proposals, learned content, and no position."""
+        content = self.query_content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1)
         return QueryGroup(name="", content=content, reference_boxes=boxes)
 
-    def encoder_output(self, proposals: EncoderProposals, index: Tensor) -> DecoderOutput:
-        """The proposals that are trained, as one more layer of predictions."""
+    def encoder_output(self, proposals: EncoderProposals, index: Tensor) -> tuple[DecoderOutput, Tensor]:
+        """The proposals that are trained, as one more layer of predictions, and the boxes of the tokens ``index``."""
         raise NotImplementedError
 
     def extra_queries(self, targets: Targets) -> list[QueryGroup]:
         """Groups of queries that training adds behind the matching ones."""
         return []
-
-
-def gather_tokens(values: Tensor, index: Tensor) -> Tensor:
-    """[B, S, C] and [B, Q] -> [B, Q, C]."""
-    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
 def query_head_arguments(

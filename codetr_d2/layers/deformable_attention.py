@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import ms_deform_attn
@@ -95,14 +96,18 @@ class MultiScaleDeformableAttention(nn.Module):
 
         # Locations and softmax at full precision, whatever autocast makes of the linear layers.
         dtype = torch.promote_types(value.dtype, torch.float32)
-        offsets = self.sampling_offsets(query).to(dtype).view(*points, 2)
         weights = self.attention_weights(query).to(dtype).view(*points[:3], -1).softmax(-1).view(points)
         reference_points = reference_points.to(dtype)[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
+        linear = self.sampling_offsets
         if reference_points.shape[-1] == 2:
-            scale = 1 / spatial_shapes.flip(1).to(dtype)[:, None]  # [L, 1, 2] (1 / width, 1 / height)
+            # Offsets count cells: the layer's few weights are divided by the sizes, not its many results.
+            scale = 1 / spatial_shapes.flip(1).to(linear.weight.dtype)  # [L, 2] (1 / width, 1 / height)
+            scale = scale[:, None].expand(self.num_heads, -1, self.num_points, -1).flatten()
+            offsets = F.linear(query, linear.weight * scale[:, None], linear.bias * scale).to(dtype).view(*points, 2)
         else:
             scale = reference_points[..., 2:] * (0.5 / self.num_points)
-        locations = reference_points[..., :2] + offsets * scale  # [B, Q, H, L, P, 2]
+            offsets = linear(query).to(dtype).view(*points, 2) * scale
+        locations = reference_points[..., :2] + offsets  # [B, Q, H, L, P, 2]
 
         output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
         return self.output_proj(output)

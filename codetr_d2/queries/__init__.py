@@ -2,7 +2,7 @@
 
 from .denoising import ContrastiveDenoising, DenoisingNoise
 from .positives import PositiveQueries, SelectedSamples, select_samples
-from .proposals import TwoStageProposals, prior_boxes
+from .proposals import TwoStageProposals, gather_tokens, prior_boxes
 
 __all__ = [
     "ContrastiveDenoising",
@@ -10,6 +10,7 @@ __all__ = [
     "PositiveQueries",
     "SelectedSamples",
     "TwoStageProposals",
+    "gather_tokens",
     "prior_boxes",
     "select_samples",
 ]

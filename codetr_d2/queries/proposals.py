@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from ..structures import EncoderProposals, FeaturePyramid
+from ..structures import EncoderProposals, FeaturePyramid, once_for_each_geometry
 from ..transformer import box_branch, class_branch
 
-__all__ = ["TwoStageProposals", "prior_boxes"]
+__all__ = ["TwoStageProposals", "gather_tokens", "prior_boxes"]
 
 PRIOR_SIZE = 0.05  # side of the finest level's prior boxes, normalised by the image
 BORDER = 0.01  # a prior with a coordinate nearer than this to 0 or 1 is no proposal
@@ -30,17 +30,35 @@ class TwoStageProposals(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, pyramid: FeaturePyramid) -> EncoderProposals:
-        """Args: pyramid: the encoder's output."""
-        boxes, valid = prior_boxes(pyramid)
-        prior_logits = torch.log(boxes / (1 - boxes)).masked_fill(~valid.unsqueeze(-1), float("inf"))
-        tokens = pyramid.tokens.masked_fill(~valid.unsqueeze(-1), 0.0)
+        """Classes of all tokens. Args: pyramid: the encoder's output."""
+        prior_logits, invalid = self.priors(pyramid)
+        tokens = pyramid.tokens.masked_fill(invalid, 0.0)
         embeddings = self.norm(self.proj(tokens))
         return EncoderProposals(
             logits=self.class_embed(embeddings).float(),
-            box_logits=self.box_embed(embeddings).float() + prior_logits,
             prior_logits=prior_logits,
             embeddings=embeddings,
         )
+
+    @once_for_each_geometry
+    def priors(self, pyramid: FeaturePyramid) -> tuple[Tensor, Tensor]:
+        """[B, S, 4] prior boxes before the sigmoid, +inf where there is none, and where that is [B, S, 1]."""
+        boxes, valid = prior_boxes(pyramid)
+        invalid = ~valid.unsqueeze(-1)
+        return torch.log(boxes / (1 - boxes)).masked_fill(invalid, float("inf")), invalid
+
+    def box_logits(self, proposals: EncoderProposals, index: Tensor | None = None) -> Tensor:
+        """The boxes, before the sigmoid, of the tokens [B, Q] ``index``, or of all: [B, Q or S, 4] cxcywh normalised by
+        the image size."""
+        embeddings, prior_logits = proposals.embeddings, proposals.prior_logits
+        if index is not None:
+            embeddings, prior_logits = gather_tokens(embeddings, index), gather_tokens(prior_logits, index)
+        return self.box_embed(embeddings).float() + prior_logits
+
+
+def gather_tokens(values: Tensor, index: Tensor) -> Tensor:
+    """[B, S, C] and [B, Q] -> [B, Q, C]."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
 def prior_boxes(pyramid: FeaturePyramid) -> tuple[Tensor, Tensor]:

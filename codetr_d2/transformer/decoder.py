@@ -40,7 +40,7 @@ class DeformableDecoderLayer(nn.Module):
         memory: Tensor,
         spatial_shapes: Tensor,
         level_start_index: Tensor,
-        padding_mask: Tensor,
+        padding_mask: Tensor | None,
     ) -> Tensor:
         x = self.norm1(x + self.dropout(self.self_attn(x, position, blocks)))
         attended = self.cross_attn(
@@ -123,7 +123,7 @@ class DeformableDecoder(nn.Module):
         if self.position_head is None:
             position = torch.cat([group.position for group in groups], dim=1)
         reference = torch.cat([group.reference_boxes for group in groups], dim=1)
-        memory = (pyramid.tokens, pyramid.spatial_shapes, pyramid.level_start_index, pyramid.padding_mask)
+        memory = (pyramid.tokens, pyramid.spatial_shapes, pyramid.level_start_index, pyramid.value_mask)
         level_scale = pyramid.valid_ratios.repeat(1, 1, 2).unsqueeze(1)  # [B, 1, L, 4]
 
         states, boxes, references = [], [], [reference]

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers import MultiScaleDeformableAttention
-from ..structures import FeaturePyramid
+from ..structures import FeaturePyramid, once_for_each_geometry
 
 __all__ = ["DeformableEncoder", "DeformableEncoderLayer", "FeedForward"]
 
@@ -58,7 +58,7 @@ class DeformableEncoderLayer(nn.Module):
         reference_points: Tensor,
         spatial_shapes: Tensor,
         level_start_index: Tensor,
-        padding_mask: Tensor,
+        padding_mask: Tensor | None,
     ) -> Tensor:
         attended = self.self_attn(x + position, x, reference_points, spatial_shapes, level_start_index, padding_mask)
         x = self.norm1(x + self.dropout(attended))
@@ -111,14 +111,14 @@ class DeformableEncoder(nn.Module):
         reference_points = self.reference_points(pyramid)
         x = pyramid.tokens
         for layer in self.layers:
-            args = (x, position, reference_points, spatial_shapes, level_start_index, pyramid.padding_mask)
+            args = (x, position, reference_points, spatial_shapes, level_start_index, pyramid.value_mask)
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, *args, use_reentrant=False)
             else:
                 x = layer(*args)
         return x
 
-    @staticmethod
-    def reference_points(pyramid: FeaturePyramid) -> Tensor:
+    @once_for_each_geometry
+    def reference_points(self, pyramid: FeaturePyramid) -> Tensor:
         """Centre of each token's cell, normalised to the padded size of each target level: [B, S, L, 2] as (x, y)."""
         return pyramid.cell_centres.unsqueeze(2) * pyramid.valid_ratios.unsqueeze(1)

@@ -53,6 +53,7 @@ def make_pyramid():
             shapes=shapes,
             strides=STRIDES,
             image_sizes=image_sizes,
+            batch_shape=canvas,
             padded_sizes=image_sizes,
             valid_ratios=torch.ones(len(image_sizes), len(STRIDES), 2),
         )

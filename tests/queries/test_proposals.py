@@ -12,12 +12,16 @@ def test_prior_boxes(memory):
 
 
 def test_padding_holds_no_proposal(memory):
-    proposals = TwoStageProposals(32, 5)(memory)
+    module = TwoStageProposals(32, 5)
+    proposals = module(memory)
+    box_logits = module.box_logits(proposals)
     padding = memory.padding_mask
-    assert torch.isinf(proposals.box_logits[padding]).all() and torch.isfinite(proposals.box_logits[~padding]).all()
+    assert torch.isinf(box_logits[padding]).all() and torch.isfinite(box_logits[~padding]).all()
     # A fresh model proposes the prior boxes.
     boxes, _ = prior_boxes(memory)
-    torch.testing.assert_close(proposals.box_logits[~padding].sigmoid(), boxes[~padding])
+    torch.testing.assert_close(box_logits[~padding].sigmoid(), boxes[~padding])
+    index = torch.tensor([[3, 0, 7], [1, 1, 2]])
+    torch.testing.assert_close(module.box_logits(proposals, index), box_logits[torch.arange(2)[:, None], index])
     # What stands in the padding does not matter.
     again = TwoStageProposals(32, 5)
     before = again(memory).logits

@@ -38,14 +38,14 @@ def run_inference(model: torch.nn.Module, batch: list[dict], recorded: dict[str,
     proposals = head.proposals(memory)
     index = settle_ties(head.best_proposals(proposals), recorded["topk_indices"], head.proposal_scores(proposals))
     head.best_proposals = lambda proposals: index
-    queries = head.matching_queries(proposals, index)
+    queries = head.matching_queries(head.proposals.box_logits(proposals, index).sigmoid())
     output = head.predict(memory)
     values |= {
         "memory": memory.tokens,
         "enc_proposal_logit": proposals.prior_logits,
         "enc_output_memory": proposals.embeddings,
         "enc_cls": proposals.logits,
-        "enc_box_unact": proposals.box_logits,
+        "enc_box_unact": head.proposals.box_logits(proposals),
         "topk_indices": index,
         "enc_topk_scores": head.proposal_scores(proposals).gather(1, index),
         "init_reference": queries.reference_boxes,

@@ -22,6 +22,7 @@ def pyramid_of(maps: list[torch.Tensor], valid: list[tuple[int, int]]) -> Featur
         shapes=[tuple(x.shape[-2:]) for x in maps],
         strides=[8, 16],
         image_sizes=[(8 * valid[0][0], 8 * valid[0][1])],
+        batch_shape=(8 * maps[0].shape[-2], 8 * maps[0].shape[-1]),
         padded_sizes=[(8 * valid[0][0], 8 * valid[0][1])],
         valid_ratios=torch.tensor([ratios]),
     )
@@ -29,7 +30,7 @@ def pyramid_of(maps: list[torch.Tensor], valid: list[tuple[int, int]]) -> Featur
 
 def test_reference_points():
     maps = [torch.randn(1, 32, 4, 8), torch.randn(1, 32, 2, 4)]
-    points = DeformableEncoder.reference_points(pyramid_of(maps, [(2, 4), (1, 2)]))
+    points = DeformableEncoder(**OPTIONS).reference_points(pyramid_of(maps, [(2, 4), (1, 2)]))
     assert points.shape == (1, 40, 2, 2)
     # The cell's centre as a share of the padded map, the same on both levels since their valid shares are equal.
     torch.testing.assert_close(points[0, 8 * 1 + 3], torch.tensor([[3.5 / 8, 1.5 / 4]]).expand(2, 2))

@@ -15,14 +15,13 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
-#include <new>
 #include <unordered_map>
 #include <vector>
 
 namespace {
 
 constexpr size_t kMinBytes = 1 << 20;  // what is smaller is the C library's
-constexpr size_t kHugePage = 2 << 20;
+constexpr size_t kPage = 1 << 16;  // a multiple of every system's
 constexpr size_t kSlackShare = 8;  // a block may be larger than the request by 1/8
 
 class KeepingAllocator final : public c10::Allocator {
@@ -63,8 +62,7 @@ class KeepingAllocator final : public c10::Allocator {
 
  private:
   void* take(size_t bytes) {
-    const size_t page = bytes < 2 * kHugePage ? 4096 : kHugePage;
-    bytes = (bytes + page - 1) / page * page;
+    bytes = (bytes + kPage - 1) / kPage * kPage;
     std::lock_guard<std::mutex> guard(mutex_);
     auto found = waiting_.lower_bound(bytes);
     void* data = nullptr;
@@ -113,26 +111,9 @@ class KeepingAllocator final : public c10::Allocator {
     waiting_.erase(block);
   }
 
-  // Aligned to huge pages where it is worth it.
   static void* map(size_t bytes) {
-    const size_t extra = bytes % kHugePage == 0 ? kHugePage : 0;
-    void* raw = mmap(nullptr, bytes + extra, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (raw == MAP_FAILED) {
-      return nullptr;
-    }
-    char* data = static_cast<char*>(raw);
-    if (extra != 0) {
-      const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(data) % kHugePage) % kHugePage;
-      if (before != 0) {
-        munmap(data, before);
-      }
-      data += before;
-      munmap(data + bytes, extra - before);
-#ifdef MADV_HUGEPAGE
-      madvise(data, bytes, MADV_HUGEPAGE);
-#endif
-    }
-    return data;
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return data == MAP_FAILED ? nullptr : data;
   }
 
   c10::Allocator* small_ = c10::GetDefaultCPUAllocator();
