@@ -6,6 +6,7 @@ python tools/benchmark.py op --device cuda --dtype bfloat16   # the same on a GP
 python tools/benchmark.py inference --config-file configs/... --sizes 800x1333 --against hf
 python tools/benchmark.py train --config-file configs/... --sizes 480x640 --against eager+separate-passes
 python tools/benchmark.py train --config-file configs/... --sweep k=0,1,2,3,4,6 --output k.json   # and k.png
+python tools/benchmark.py loader --config-file configs/...
 """
 
 import argparse
@@ -18,8 +19,9 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
+from benchmark_loader import benchmark_loader
 from benchmark_model import SWEEPS, benchmark_model
-from benchmark_op import SIZES, benchmark_op
+from benchmark_op import AGAINST, SIZES, benchmark_op
 
 from codetr_d2.errors import InputError
 
@@ -67,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     op = add("op", "the deformable attention operator, forward and backward")
-    op.add_argument("--against", choices=("eager",), default="eager", help="what the fastest backend is compared with")
+    op.add_argument("--against", choices=AGAINST, default="eager", help="what the fastest backend is compared with")
     op.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda compares Triton's kernels")
     dtypes = ("float32", "bfloat16", "float16", "float64")
     op.add_argument("--dtype", choices=dtypes, default="float32", help="of the values")
@@ -101,6 +103,14 @@ def build_parser() -> argparse.ArgumentParser:
     train = add_comparison("train", "a training step: losses, gradients, clipping, update")
     train.add_argument("--objects", type=natural, default=20, help="in each image")
     train.set_defaults(run=lambda args: benchmark_model(args, training=True))
+
+    loader = add("loader", "images a second of the training data: the mapper alone, and the loader")
+    loader.add_argument("--config-file", required=True)
+    loader.add_argument("--objects", type=natural, default=8, help="in each image, with polygons as masks")
+    loader.add_argument("--images", type=positive, default=64, help="images to time")
+    loader.add_argument("--files", type=positive, default=16, help="JPEG files of 640 x 480 pixels to read them from")
+    loader.add_argument("opts", nargs=argparse.REMAINDER, help="options of the config, KEY VALUE")
+    loader.set_defaults(run=benchmark_loader)
     return parser
 
 

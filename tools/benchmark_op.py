@@ -1,34 +1,33 @@
-#!/usr/bin/env python
-"""Measure the project's speed and memory: medians of alternating runs, on a machine that does nothing else.
-
-python tools/benchmark.py op --threads 2 --output op.json     # deformable attention: compiled kernels and eager code
-python tools/benchmark.py op --device cuda --dtype bfloat16   # the same on a GPU: Triton's kernels
-"""
+"""``benchmark.py op``: the deformable attention operator alone."""
 
 import argparse
 import ctypes
-import json
-import os
 import statistics
-import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
+from benchmark_against import PACKAGE, package_operator
+from benchmark_machine import MemoryProbe, describe_machine, finisher
+from benchmark_report import machine_line, plot_bars, print_table, save, spread
+from torch import Tensor
 
 from codetr_d2.errors import InputError
 from codetr_d2.ops import active_backend, ms_deform_attn, set_backend
+
+__all__ = ["AGAINST", "SIZES", "benchmark_op", "make_inputs"]
 
 # The encoder of a model with 256 channels in 8 heads, 4 points and levels of these strides, on one image of 800 x 1333.
 SIZES = {"encoder-4": (8, 16, 32, 64), "encoder-5": (4, 8, 16, 32, 64)}
 IMAGE_SIZE = (800, 1333)
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
 PASSES = ("forward", "forward + backward")
+AGAINST = ("eager", PACKAGE)
 
 
-def make_inputs(strides, dtype, device="cpu"):
+def make_inputs(strides: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, ...]:
     """Self-attention of all tokens: each samples points about its own place, 2.5 cells of the level away on average."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(-(-IMAGE_SIZE[0] // stride), -(-IMAGE_SIZE[1] // stride)) for stride in strides]
@@ -53,158 +52,117 @@ def make_inputs(strides, dtype, device="cpu"):
     )
 
 
-def run_once(inputs, with_backward):
+def operator_of(side: str) -> Callable[..., Tensor]:
+    """What computes one side: a backend of ours, or the package's operator."""
+    if side == PACKAGE:
+        return package_operator()
+
+    def ours(*inputs: Tensor) -> Tensor:
+        set_backend(side)
+        return ms_deform_attn(*inputs)
+
+    return ours
+
+
+def inputs_of(side: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors as a side takes them: the package asks for one dtype, whose conversion is not measured."""
+    if side != PACKAGE:
+        return inputs
+    return tuple(x.to(inputs[0].dtype) if x.is_floating_point() else x for x in inputs)
+
+
+def run_once(operator: Callable[..., Tensor], inputs: tuple[Tensor, ...], with_backward: bool) -> list[Tensor]:
     """One call; returns what it made, the output and the gradients."""
     if not with_backward:
         with torch.no_grad():
-            return [ms_deform_attn(*inputs)]
+            return [operator(*inputs)]
     leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    output = ms_deform_attn(*leaves)
+    output = operator(*leaves)
     output.backward(torch.ones_like(output))
     return [output, *(x.grad for x in leaves if x.requires_grad)]
 
 
-def bytes_made(results, with_backward):
-    made = sum(x.numel() * x.element_size() for x in results)
-    return made + (results[0].numel() * results[0].element_size() if with_backward else 0)  # the output's gradient
-
-
-def peak_extra_gpu_memory(inputs, with_backward):
-    """Bytes that a call needs on the GPU beyond its inputs and results, at the worst moment."""
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    results = run_once(inputs, with_backward)
-    return max(0, torch.cuda.max_memory_allocated() - before - bytes_made(results, with_backward))
-
-
-def peak_extra_memory(size, dtype, threads, backend, with_backward):
-    """The same on the CPU. For a process of its own. None where the system can't tell: it takes Linux."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists() or not os.access(reset, os.W_OK):
-        return None
-
-    def resident(field):
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(field))
-
-    # M_MMAP_THRESHOLD: what is freed leaves the process, so that the next is seen.
-    ctypes.CDLL(None).mallopt(-3, 1 << 16)
+def extra_memory(
+    size: str, dtype: torch.dtype, device: str, threads: int, side: str, with_backward: bool
+) -> int | None:
+    """Bytes that a call needs beyond its inputs and results, at the worst moment. For a process of its own."""
+    if device == "cpu":
+        # M_MMAP_THRESHOLD: what is freed leaves the process, so that the next is seen.
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)
     torch.set_num_threads(threads)
-    set_backend(backend)
-    run_once(make_inputs((64,), dtype), with_backward)  # libraries and threads take their memory once
-    inputs = make_inputs(SIZES[size], dtype)
-    before = resident("VmRSS")
-    reset.write_text("5")  # forget the highest value so far
-    results = run_once(inputs, with_backward)
-    return max(0, resident("VmHWM") - before - bytes_made(results, with_backward))
+    operator = operator_of(side)
+    # Libraries and threads take their memory once.
+    run_once(operator, inputs_of(side, make_inputs((64,), dtype, device)), with_backward)
+    inputs = inputs_of(side, make_inputs(SIZES[size], dtype, device))
+    probe = MemoryProbe(device)
+    probe.restart()
+    results = run_once(operator, inputs, with_backward)
+    peak = probe.peak()
+    if peak is None:
+        return None
+    made = sum(x.numel() * x.element_size() for x in results)
+    made += results[0].numel() * results[0].element_size() if with_backward else 0  # the output's gradient
+    return max(0, peak - made)
 
 
-def measure_op(size, dtype, device, threads, backends, repeat):
-    """Alternate the backends; returns the seconds of every run and the extra memory, by pass and backend."""
+def measure(size: str, dtype: torch.dtype, device: str, threads: int, sides: list[str], repeat: int) -> dict:
+    """Alternate the sides; returns the seconds of every run and the extra memory, by pass and side."""
     inputs = make_inputs(SIZES[size], dtype, device)
-    finish = torch.cuda.synchronize if device == "cuda" else lambda: None  # a GPU is only told what to do
+    operators = {side: (operator_of(side), inputs_of(side, inputs)) for side in sides}
+    finish = finisher(device)
     result = {"size": size, "tokens": inputs[0].shape[1], "dtype": str(dtype).removeprefix("torch."), "passes": {}}
     for name in PASSES:
         with_backward = name != "forward"
-        seconds = {backend: [] for backend in backends}
+        seconds = {side: [] for side in sides}
         for turn in range(repeat + 1):  # the first one warms up
-            for backend in backends:
-                set_backend(backend)
+            for side, (operator, its_inputs) in operators.items():
                 finish()
                 start = time.perf_counter()
-                run_once(inputs, with_backward)
+                run_once(operator, its_inputs, with_backward)
                 finish()
                 if turn:
-                    seconds[backend].append(time.perf_counter() - start)
+                    seconds[side].append(time.perf_counter() - start)
         memory = {}
-        for backend in backends:
-            if device == "cuda":
-                set_backend(backend)
-                memory[backend] = peak_extra_gpu_memory(inputs, with_backward)
-                continue
+        for side in sides:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                memory[backend] = pool.submit(peak_extra_memory, size, dtype, threads, backend, with_backward).result()
-        medians = [statistics.median(seconds[backend]) for backend in backends]
+                task = pool.submit(extra_memory, size, dtype, device, threads, side, with_backward)
+                memory[side] = task.result()
+        medians = [statistics.median(seconds[side]) for side in sides]
         result["passes"][name] = {"seconds": seconds, "extra_bytes": memory, "ratio": medians[1] / medians[0]}
     return result
 
 
-def describe(seconds, extra_bytes):
-    memory = "  unknown" if extra_bytes is None else f"{extra_bytes / 2**20:6.0f} MiB"
-    milliseconds = [1000 * x for x in seconds]
-    return f"{statistics.median(milliseconds):8.1f} ms ({min(milliseconds):.1f} to {max(milliseconds):.1f}), {memory}"
-
-
-def benchmark_op(args):
+def benchmark_op(args: argparse.Namespace) -> None:
+    """The command ``op``."""
     torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no GPU")
     if (args.device, args.dtype) in (("cpu", "float16"), ("cuda", "float64")):
         raise InputError(f"--dtype {args.dtype}: only plain PyTorch computes it on {args.device}")
     fastest, why = active_backend(args.device)
-    if fastest == args.against:
+    if fastest == "eager":
         raise InputError(f"there is nothing to compare {args.against} with: {why}")
-    backends = (fastest, args.against)
-    report = {
-        "torch": torch.__version__,
-        "backend": why,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "threads": args.threads,
-        "load_before": os.getloadavg()[0],
-        "results": [],
-    }
-    where = f"{report['device']}, {args.threads} threads"
-    print(f"torch {torch.__version__}, {where}, {why}, load {report['load_before']:.1f}")
-    print("median (fastest to slowest) of each pass, and the memory it needs beyond inputs and results")
+    if args.against == PACKAGE:
+        package_operator()
+    sides = [fastest, args.against]
+    machine = describe_machine(args.device, args.threads)
+    report = {"command": "op", "backend": why, "machine": machine, "results": []}
+    print(f"{machine_line(machine)}\nour side: {why}\n", flush=True)
+    rows, bars = [], {}
     for size in args.sizes:
-        result = measure_op(size, getattr(torch, args.dtype), args.device, args.threads, backends, args.repeat)
+        result = measure(size, getattr(torch, args.dtype), args.device, args.threads, sides, args.repeat)
         report["results"].append(result)
-        print(f"\n{size}: {result['tokens']} tokens, {args.dtype}")
         for name, measured in result["passes"].items():
-            for backend in backends:
-                text = describe(measured["seconds"][backend], measured["extra_bytes"][backend])
-                print(f"  {name:18}  {backend:6} {text}")
-            print(f"  {name:18}  {backends[1]} / {backends[0]} = {measured['ratio']:.1f}")
+            for side in sides:
+                extra = measured["extra_bytes"][side]
+                median, limits = spread(measured["seconds"][side])
+                row = {"size": f"{size} ({result['tokens']} tokens)", "dtype": args.dtype, "pass": name, "side": side}
+                row |= {"median": median, "fastest to slowest": limits}
+                row["memory beyond inputs and results"] = "unknown" if extra is None else f"{extra / 2**20:.0f} MiB"
+                row["time / ours"] = f"{measured['ratio']:.1f}" if side != fastest else "1"
+                rows.append(row)
+                bars.setdefault(side, {})[f"{size}\n{name}"] = measured["seconds"][side]
+    print_table(rows)
     if args.output:
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
-def size_names(text):
-    names = text.split(",")
-    for name in names:
-        if name not in SIZES:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(SIZES)}")
-    return names
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    op = commands.add_parser("op", help="the deformable attention operator, forward and backward")
-    op.add_argument("--against", choices=("eager",), default="eager", help="what the fastest backend is compared with")
-    op.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda compares Triton's kernels")
-    dtypes = ("float32", "bfloat16", "float16", "float64")
-    op.add_argument("--dtype", choices=dtypes, default="float32", help="of the values")
-    op.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads")
-    op.add_argument("--sizes", type=size_names, default=["encoder-4"], help="comma-separated: " + ", ".join(SIZES))
-    op.add_argument("--repeat", type=positive, default=5, help="timed runs of each backend and pass")
-    op.add_argument("--output", type=Path, help="write all times to this JSON file too")
-    op.set_defaults(run=benchmark_op)
-    args = parser.parse_args()
-    output = getattr(args, "output", None)
-    if output is not None and not output.absolute().parent.is_dir():
-        parser.error(f"--output {output}: its folder does not exist")
-    try:
-        args.run(args)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()
+        title = f"deformable attention, {args.dtype}"
+        save(report, plot_bars(title, {"seconds": bars}), args.output)

@@ -2,13 +2,22 @@
 
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmark_machine import GIB
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-__all__ = ["machine_line", "measurement_rows", "plot_measurements", "print_table", "save", "spread"]
+__all__ = ["machine_line", "measurement_rows", "plot_bars", "plot_measurements", "print_table", "save", "spread"]
+
+AXES = {
+    "size": "side of a square image in pixels",
+    "queries": "queries",
+    "objects": "objects in an image",
+    "k": "auxiliary heads (K)",
+    "batch": "images in a batch",
+}
 
 
 def machine_line(machine: dict) -> str:
@@ -61,34 +70,62 @@ def save(report: dict, figure: Figure, output: Path) -> None:
     figure.savefig(output.with_suffix(".png"), dpi=120)
 
 
-def plot_measurements(name: str, title: str, results: list[dict]) -> Figure:
-    """Time and memory of every side: lines against numbers, bars for named values."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    values = [result["value"] for result in results]
-    are_numbers = all(isinstance(value, (int, float)) for value in values)
-    sides = list(results[0]["sides"])
-    for i, side in enumerate(sides):
-        measured = [result["sides"][side] for result in results]
-        medians = [x["median"] for x in measured]
-        ranges = [[m - min(x["seconds"]) for m, x in zip(medians, measured)]]
-        ranges.append([max(x["seconds"]) - m for m, x in zip(medians, measured)])
-        peaks = [float("nan") if x["peak_bytes"] is None else x["peak_bytes"] / GIB for x in measured]
-        if are_numbers:
-            axes[0].errorbar(values, medians, yerr=ranges, marker="o", capsize=3, label=side)
-            axes[1].plot(values, peaks, marker="o", label=side)
-            continue
-        width = 0.8 / len(sides)
-        places = [j + (i - (len(sides) - 1) / 2) * width for j in range(len(values))]
-        axes[0].bar(places, medians, width, yerr=ranges, capsize=3, label=side)
-        axes[1].bar(places, peaks, width, label=side)
-    for ax, what in zip(axes, ("seconds", "peak memory in GiB")):
-        ax.set_xlabel(name)
-        ax.set_ylabel(what)
-        ax.set_ylim(bottom=0)
-        ax.grid(axis="y", alpha=0.3)
-        ax.legend()
-        if not are_numbers:
-            ax.set_xticks(range(len(values)), values)
+def plot_bars(title: str, values: dict[str, dict[str, dict[str, float | list[float]]]]) -> Figure:
+    """A plot for each quantity: a bar for each place and series, as high as the median, with its least and largest.
+
+    Args:
+        title: of the figure.
+        values: by quantity, series and place: one number or all that were measured.
+    """
+    figure = Figure(figsize=(5.5 * len(values) + 1, 4.5), layout="constrained")
+    for ax, (quantity, all_series) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items()):
+        width = 0.8 / len(all_series)
+        for i, (series, by_place) in enumerate(all_series.items()):
+            medians, ranges = _medians(by_place.values())
+            places = [j + (i - (len(all_series) - 1) / 2) * width for j in range(len(medians))]
+            ax.bar(places, medians, width, yerr=ranges, capsize=3, label=series)
+            ax.set_xticks(range(len(by_place)), by_place, rotation=0 if len(by_place) < 5 else 90)
+        _finish(ax, quantity)
     figure.suptitle(title)
     return figure
+
+
+def plot_lines(title: str, name: str, values: dict[str, dict[str, dict[float, float | list[float]]]]) -> Figure:
+    """As :func:`plot_bars`, with lines over numbers, those of ``name``, in place of bars at places."""
+    figure = Figure(figsize=(5.5 * len(values) + 1, 4.5), layout="constrained")
+    for ax, (quantity, all_series) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items()):
+        for series, by_number in all_series.items():
+            medians, ranges = _medians(by_number.values())
+            ax.errorbar(list(by_number), medians, yerr=ranges, marker="o", capsize=3, label=series)
+        ax.set_xlabel(name)
+        _finish(ax, quantity)
+    figure.suptitle(title)
+    return figure
+
+
+def _medians(values: Iterable[float | list[float]]) -> tuple[list[float], list[list[float]]]:
+    """The median of each entry, and how far its least and its largest number are from that."""
+    lists = [x if isinstance(x, list) else [x] for x in values]
+    medians = [statistics.median(x) for x in lists]
+    return medians, [[m - min(x) for m, x in zip(medians, lists)], [max(x) - m for m, x in zip(medians, lists)]]
+
+
+def _finish(ax, quantity: str) -> None:
+    ax.set_ylabel(quantity)
+    ax.set_ylim(bottom=0)
+    ax.grid(axis="y", alpha=0.3)
+    ax.legend()
+
+
+def plot_measurements(name: str, title: str, results: list[dict]) -> Figure:
+    """Time and memory of every side of ``inference`` and ``train``: lines against numbers, bars for named values."""
+    seconds, memory = {}, {}
+    for result in results:
+        for side, measured in result["sides"].items():
+            seconds.setdefault(side, {})[result["value"]] = measured["seconds"]
+            peak = measured["peak_bytes"]
+            memory.setdefault(side, {})[result["value"]] = float("nan") if peak is None else peak / GIB
+    values = {"seconds": seconds, "peak memory in GiB": memory}
+    if all(isinstance(result["value"], int) for result in results):
+        return plot_lines(title, AXES[name], values)
+    return plot_bars(title, values)
