@@ -6,6 +6,7 @@ python tools/benchmark.py op --device cuda --dtype bfloat16   # the same on a GP
 python tools/benchmark.py inference --config-file configs/... --sizes 800x1333 --against hf
 python tools/benchmark.py train --config-file configs/... --sizes 480x640 --against eager+separate-passes
 python tools/benchmark.py train --config-file configs/... --sweep k=0,1,2,3,4,6 --output k.json   # and k.png
+python tools/benchmark.py parts --config-file configs/... --sizes 800x1333   # the roofline
 python tools/benchmark.py loader --config-file configs/...
 """
 
@@ -22,6 +23,7 @@ import torch
 from benchmark_loader import benchmark_loader
 from benchmark_model import SWEEPS, benchmark_model
 from benchmark_op import AGAINST, SIZES, benchmark_op
+from benchmark_parts import benchmark_parts
 
 from codetr_d2.errors import InputError
 
@@ -89,7 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "opts", nargs=argparse.REMAINDER, help="options of the config, KEY VALUE; MODEL.WEIGHTS, or random ones"
         )
-        command.set_defaults(objects=0)
         return command
 
     def add_comparison(name: str, summary: str) -> argparse.ArgumentParser:
@@ -99,10 +100,15 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     inference = add_comparison("inference", "images to detections")
-    inference.set_defaults(run=lambda args: benchmark_model(args, training=False))
+    inference.set_defaults(objects=0, run=lambda args: benchmark_model(args, training=False))
     train = add_comparison("train", "a training step: losses, gradients, clipping, update")
     train.add_argument("--objects", type=natural, default=20, help="in each image")
     train.set_defaults(run=lambda args: benchmark_model(args, training=True))
+
+    parts = add_model("parts", "seconds, flops and bytes of each part of the model, and shares of this machine's peaks")
+    parts.add_argument("--train", action="store_true", help="of a training step, in place of inference")
+    parts.add_argument("--objects", type=natural, default=20, help="in each image, with --train")
+    parts.set_defaults(run=benchmark_parts)
 
     loader = add("loader", "images a second of the training data: the mapper alone, and the loader")
     loader.add_argument("--config-file", required=True)

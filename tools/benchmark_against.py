@@ -125,14 +125,13 @@ def transformers_or_error():
 class DeformableDETR(nn.Module):
     """transformers' Deformable DETR: ResNet-50, two stages, box refinement; otherwise its defaults, random weights.
 
-    It gets images that are normalised and padded already, and its output is not turned into detections.
+    Its images take no padding, and its output is not turned into detections.
 
     Args:
         num_queries, num_classes: as our model has.
-        dtype: of weights and images.
     """
 
-    def __init__(self, num_queries: int, num_classes: int, dtype: torch.dtype):
+    def __init__(self, num_queries: int, num_classes: int):
         super().__init__()
         transformers = transformers_or_error()
         config = transformers.DeformableDetrConfig(
@@ -146,9 +145,8 @@ class DeformableDETR(nn.Module):
             with_box_refine=True,
             num_labels=num_classes,
         )
-        self.model = transformers.DeformableDetrForObjectDetection(config).to(dtype)
-        self.dtype = dtype
+        self.model = transformers.DeformableDetrForObjectDetection(config)
 
     def forward(self, batched_inputs: list[dict]):
         images = torch.stack([x["image"] for x in batched_inputs])
-        return self.model(pixel_values=images.to(next(self.parameters()).device, self.dtype) / 255)
+        return self.model(pixel_values=images.to(self.model.device, torch.float32) / 255)

@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import torch
 from benchmark_machine import describe_machine
+from benchmark_model import read_config
 from benchmark_report import machine_line, plot_bars, print_table, save
 from detectron2.structures import BoxMode
 from PIL import Image
@@ -20,8 +21,7 @@ from codetr_d2.data import mapper as mapper_module
 from codetr_d2.data.loader import build_train_loader
 from codetr_d2.data.mapper import CoDETRDatasetMapper
 from codetr_d2.data.samplers import seed_rng
-from codetr_d2.engine import check_config, load_config
-from codetr_d2.errors import InputError
+from codetr_d2.engine import check_config
 
 __all__ = ["benchmark_loader", "make_dataset"]
 
@@ -121,12 +121,7 @@ def measure_loader(cfg, mapper: CoDETRDatasetMapper, records: list[dict], num_im
 
 def benchmark_loader(args: argparse.Namespace) -> None:
     """The command ``loader``."""
-    if len(args.opts) % 2:
-        raise InputError(f"options of the config are pairs of KEY VALUE; {args.opts[-1]} has no value")
-    cfg = load_config(args.config_file, args.opts)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.DATASETS.COCO_JSON, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], ("coco_2017_train",), ()
-    cfg.MODEL.WEIGHTS = ""
+    cfg = read_config(args, "cpu")
     check_config(cfg)
     machine = describe_machine("cpu", args.threads)
     name = Path(args.config_file).stem

@@ -28,7 +28,7 @@ from codetr_d2.engine.trainer import autocast
 from codetr_d2.errors import InputError
 from codetr_d2.ops import active_backend
 
-__all__ = ["Case", "Runner", "benchmark_model", "build_cfg", "first_case", "parse_sweep", "random_batch"]
+__all__ = ["Case", "Runner", "benchmark_model", "build_cfg", "first_case", "parse_sweep", "random_batch", "read_config"]
 
 OURS = "ours"
 WARM_UP = {"cpu": 1, "cuda": 5}  # runs that are not measured
@@ -61,24 +61,34 @@ class Case:
     threads: int
 
 
-def build_cfg(args: argparse.Namespace) -> CfgNode:
+def read_config(args: argparse.Namespace, device: str) -> CfgNode:
     """The config of the command line, for random weights unless it names some, and in need of no dataset.
 
     Raises:
-        InputError: an option is at fault.
+        InputError: an option is unknown.
     """
     if len(args.opts) % 2:
         raise InputError(f"options of the config are pairs of KEY VALUE; {args.opts[-1]} has no value")
     cfg = load_config(args.config_file, args.opts)
-    cfg.MODEL.DEVICE = args.device
+    cfg.MODEL.DEVICE = device
     if "MODEL.WEIGHTS" not in args.opts[::2]:
         cfg.MODEL.WEIGHTS = ""
+    cfg.DATASETS.COCO_JSON, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], ("coco_2017_train",), ()
+    return cfg
+
+
+def build_cfg(args: argparse.Namespace) -> CfgNode:
+    """The config of the command line with what else it says of the model.
+
+    Raises:
+        InputError: an option is at fault.
+    """
+    cfg = read_config(args, args.device)
     if args.backend:
         cfg.MODEL.MS_DEFORM_ATTN = args.backend
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no GPU")
     cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = args.dtype == "bfloat16", "bfloat16"
-    cfg.DATASETS.COCO_JSON, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], ("coco_2017_train",), ()
     check_config(cfg)
     return cfg
 
@@ -122,8 +132,7 @@ def build_side(case: Case, against: list[str]) -> nn.Module:
     torch.manual_seed(0)
     if HF in against:
         options = case.cfg.MODEL.CODETR
-        model = DeformableDETR(options.NUM_QUERIES, options.NUM_CLASSES, getattr(torch, case.dtype))
-        return model.to(case.device).eval()
+        return DeformableDETR(options.NUM_QUERIES, options.NUM_CLASSES).to(case.device).eval()
     model = build_model(case.cfg)
     if case.cfg.MODEL.WEIGHTS:
         CoDETRCheckpointer(model).load(case.cfg.MODEL.WEIGHTS)
@@ -136,12 +145,12 @@ class Runner:
     def __init__(self, case: Case, against: list[str]):
         case = replace(case, cfg=case.cfg.clone())  # changed below
         torch.set_num_threads(case.threads)
+        self.context = nullcontext()
         if HF in against:
             transformers_or_error()  # not a part of the model's memory
-            self.backend = None
+            self.context = autocast(case.cfg)  # faster for this model than weights in bfloat16
         else:
             take_back(against, case.cfg)
-            self.context = nullcontext()
             if "INFERENCE_DTYPE" in case.cfg.MODEL.CODETR:
                 case.cfg.MODEL.CODETR.INFERENCE_DTYPE = case.dtype
             elif not case.training:
@@ -151,10 +160,7 @@ class Runner:
         self.batch = random_batch(case)
         self.memory = MemoryProbe(case.device)
         self.model = build_side(case, against)
-        if HF not in against:
-            self.backend = active_backend(case.device)[1]
-        else:
-            self.context = nullcontext()
+        self.backend = None if HF in against else active_backend(case.device)[1]
         if case.training:
             self.optimizer = build_optimizer(case.cfg, self.model)
 

@@ -82,18 +82,22 @@ def run_once(operator: Callable[..., Tensor], inputs: tuple[Tensor, ...], with_b
     return [output, *(x.grad for x in leaves if x.requires_grad)]
 
 
+def return_freed_memory() -> None:
+    """What is freed leaves this process, so that the next is seen: M_MMAP_THRESHOLD of glibc."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)
+
+
 def extra_memory(
-    size: str, dtype: torch.dtype, device: str, threads: int, side: str, with_backward: bool
+    strides: tuple[int, ...], dtype: torch.dtype, device: str, threads: int, side: str, with_backward: bool
 ) -> int | None:
     """Bytes that a call needs beyond its inputs and results, at the worst moment. For a process of its own."""
     if device == "cpu":
-        # M_MMAP_THRESHOLD: what is freed leaves the process, so that the next is seen.
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)
+        return_freed_memory()
     torch.set_num_threads(threads)
     operator = operator_of(side)
     # Libraries and threads take their memory once.
     run_once(operator, inputs_of(side, make_inputs((64,), dtype, device)), with_backward)
-    inputs = inputs_of(side, make_inputs(SIZES[size], dtype, device))
+    inputs = inputs_of(side, make_inputs(strides, dtype, device))
     probe = MemoryProbe(device)
     probe.restart()
     results = run_once(operator, inputs, with_backward)
@@ -125,7 +129,7 @@ def measure(size: str, dtype: torch.dtype, device: str, threads: int, sides: lis
         memory = {}
         for side in sides:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                task = pool.submit(extra_memory, size, dtype, device, threads, side, with_backward)
+                task = pool.submit(extra_memory, SIZES[size], dtype, device, threads, side, with_backward)
                 memory[side] = task.result()
         medians = [statistics.median(seconds[side]) for side in sides]
         result["passes"][name] = {"seconds": seconds, "extra_bytes": memory, "ratio": medians[1] / medians[0]}

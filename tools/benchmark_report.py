@@ -22,7 +22,9 @@ AXES = {
 
 def machine_line(machine: dict) -> str:
     """The machine and its load in one line."""
-    where = machine["gpu"] or f"{machine['cores']} cores with {', '.join(machine['cpu_features']) or 'no known extension'}"
+    where = (
+        machine["gpu"] or f"{machine['cores']} cores with {', '.join(machine['cpu_features']) or 'no known extension'}"
+    )
     memory = "" if machine["memory_gib"] is None else f", {machine['memory_gib']} GiB"
     return (
         f"{where}{memory}, {machine['threads']} threads, torch {machine['torch']}, "
