@@ -213,7 +213,7 @@ def _serve(pipe: Connection, case: Case, against: list[str]) -> None:
         pipe.send(runner.backend)
         while True:
             pipe.send(runner.run(pipe.recv()))
-    except EOFError:  # the benchmark has ended
+    except (EOFError, ConnectionError):  # the benchmark has ended
         pass
     except InputError as error:
         pipe.send(error)
