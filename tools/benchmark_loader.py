@@ -90,9 +90,11 @@ def measure_mapper(mapper: CoDETRDatasetMapper, records: list[dict], num_images:
     mapper(records[0])
     watch = _Stopwatch()
     augmentations = mapper.augmentations
-    mapper.augmentations = watch.timed("resizing, cropping and flipping of pictures", augmentations)
+    mapper.augmentations = watch.timed("augmentation", augmentations)
     try:
-        with mock.patch.object(mapper_module, "read_image", watch.timed("reading of files", mapper_module.read_image)):
+        with mock.patch.object(
+            mapper_module, "read_image", watch.timed("reading and decoding", mapper_module.read_image)
+        ):
             start = time.perf_counter()
             for i in range(num_images):
                 mapper(records[i % len(records)])
@@ -100,7 +102,7 @@ def measure_mapper(mapper: CoDETRDatasetMapper, records: list[dict], num_images:
     finally:
         mapper.augmentations = augmentations
         torch.set_num_threads(threads)
-    parts = {**watch.seconds, "boxes, masks and the rest": total - sum(watch.seconds.values())}
+    parts = {**watch.seconds, "boxes, masks, rest": total - sum(watch.seconds.values())}
     return {"seconds": total, "images_per_second": num_images / total, "parts": parts}
 
 
@@ -157,6 +159,9 @@ def benchmark_loader(args: argparse.Namespace) -> None:
         ]
     )
     if args.output:
-        rates = {"mapper, one process": alone["images_per_second"], f"loader, {workers}": loader["images_per_second"]}
+        rates = {
+            "mapper, one process": alone["images_per_second"],
+            f"loader, {workers} processes": loader["images_per_second"],
+        }
         quantities = {"images a second": {name: rates}, "milliseconds an image": {"mapper": milliseconds}}
         save(report, plot_bars(f"{name}, {args.objects} objects", quantities), args.output)

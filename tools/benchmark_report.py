@@ -79,14 +79,16 @@ def plot_bars(title: str, values: dict[str, dict[str, dict[str, float | list[flo
         title: of the figure.
         values: by quantity, series and place: one number or all that were measured.
     """
-    figure = Figure(figsize=(5.5 * len(values) + 1, 4.5), layout="constrained")
+    most = max(len(by_place) for all_series in values.values() for by_place in all_series.values())
+    are_many = most > 4  # then their names stand upright
+    figure = Figure(figsize=(5.5 * len(values) + 1, 7 if are_many else 4.5), layout="constrained")
     for ax, (quantity, all_series) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items()):
         width = 0.8 / len(all_series)
         for i, (series, by_place) in enumerate(all_series.items()):
             medians, ranges = _medians(by_place.values())
             places = [j + (i - (len(all_series) - 1) / 2) * width for j in range(len(medians))]
-            ax.bar(places, medians, width, yerr=ranges, capsize=3, label=series)
-            ax.set_xticks(range(len(by_place)), by_place, rotation=0 if len(by_place) < 5 else 90)
+            ax.bar(places, medians, width, yerr=ranges if any(map(any, ranges)) else None, capsize=3, label=series)
+            ax.set_xticks(range(len(by_place)), by_place, rotation=90 if are_many else 0)
         _finish(ax, quantity)
     figure.suptitle(title)
     return figure
@@ -116,7 +118,8 @@ def _finish(ax, quantity: str) -> None:
     ax.set_ylabel(quantity)
     ax.set_ylim(bottom=0)
     ax.grid(axis="y", alpha=0.3)
-    ax.legend()
+    if len(ax.get_legend_handles_labels()[1]) > 1:
+        ax.legend()
 
 
 def plot_measurements(name: str, title: str, results: list[dict]) -> Figure:
