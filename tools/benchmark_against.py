@@ -118,7 +118,7 @@ def transformers_or_error():
     try:
         import transformers
     except ImportError as error:
-        raise InputError(f"--against {HF} needs transformers ({error}): pip install transformers timm") from None
+        raise InputError(f"--against {HF} needs transformers ({error}): pip install transformers") from None
     return transformers
 
 
