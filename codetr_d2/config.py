@@ -63,8 +63,10 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.CODETR.DECODER.NUM_POINTS = 4
     _C.MODEL.CODETR.DECODER.FFN_DIM = 2048
     _C.MODEL.CODETR.DECODER.DROPOUT = 0.0
-    # Recompute each encoder and decoder layer in the backward pass: less memory, the same gradients.
+    # Recompute each encoder and decoder layer in the backward pass: less memory, the same gradients. Backbones have
+    # an option of their own for their blocks.
     _C.MODEL.CODETR.ACTIVATION_CHECKPOINTING = False
+    _C.MODEL.RESNETS.ACTIVATION_CHECKPOINTING = False
 
     # Weights of the query head's matching costs and losses.
     _C.MODEL.CODETR.COST_CLS = 2.0
@@ -98,6 +100,9 @@ def add_codetr_config(cfg: CN) -> None:
     # bfloat16: inference computes in it what does not need more (autocast), in a fraction of the time on CPUs and GPUs
     # that have it in hardware. Training has SOLVER.AMP for that.
     _C.MODEL.CODETR.INFERENCE_DTYPE = "float32"
+    # Compile backbone, encoder and decoder for inference (torch.compile): worth the minute that the first images take
+    # where thousands follow. It needs a C++ compiler, on a GPU Triton.
+    _C.MODEL.CODETR.COMPILE = False
 
     # Deformable attention: auto, cpp, triton or eager. auto takes the fastest one that works where the tensors are.
     _C.MODEL.MS_DEFORM_ATTN = "auto"
@@ -135,6 +140,7 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.TIMM = CN()
     _C.MODEL.TIMM.NAME = "tf_efficientnet_lite0"
     _C.MODEL.TIMM.FREEZE_BATCH_NORM = True  # use the running statistics and don't train them, as published for ResNet
+    _C.MODEL.TIMM.ACTIVATION_CHECKPOINTING = False
     _C.MODEL.TIMM.PRETRAINED = False  # let timm download its own weights
 
     # Data, beside detectron2's INPUT options. Large-scale jitter: the image is scaled at random and cropped to a square

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .backbones.folded_batch_norm import fold_frozen_batch_norm
+from .backbones.resnet import checkpoint_resnet_blocks
 from .errors import InputError
 from .heads import QUERY_HEAD_REGISTRY, build_auxiliary_head
 from .heads.refine_mask import RefineMaskHead
@@ -49,6 +50,7 @@ class CoDETR(nn.Module):
         canvas_size: side of the square, in pixels, that every image is put on at the top left and whose padding counts
             as a part of the image; 0 to pad images to the largest of their batch instead, and mask the padding.
         inference_dtype: torch.float32, or torch.bfloat16 for autocast at inference.
+        compile: compile backbone, encoder and decoder for inference.
         canvas_value: value of the canvas's pixels before their normalisation.
     """
 
@@ -72,6 +74,7 @@ class CoDETR(nn.Module):
         canvas_size: int = 0,
         canvas_value: float = 114.0,
         inference_dtype: torch.dtype = torch.float32,
+        compile: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
@@ -82,6 +85,10 @@ class CoDETR(nn.Module):
         self.canvas_size = canvas_size
         self.canvas_value = canvas_value
         self.inference_dtype = inference_dtype
+        self.is_compiled = compile
+        if compile:
+            for module in (backbone, query_head.encoder, query_head.decoder):
+                module.compile()
         self.query_head = query_head
         self.auxiliary_heads = nn.ModuleDict(auxiliary_heads)
         if auxiliary_heads:
@@ -108,6 +115,8 @@ class CoDETR(nn.Module):
             ops.keep_freed_memory()
         backbone = build_backbone(cfg)
         fold_frozen_batch_norm(backbone)
+        if cfg.MODEL.RESNETS.ACTIVATION_CHECKPOINTING:
+            checkpoint_resnet_blocks(backbone)
         shapes = backbone.output_shape()
         for name in options.IN_FEATURES:
             if name not in shapes:
@@ -156,6 +165,7 @@ class CoDETR(nn.Module):
             "canvas_size": options.CANVAS_SIZE,
             "canvas_value": options.CANVAS_VALUE,
             "inference_dtype": getattr(torch, options.INFERENCE_DTYPE),
+            "compile": options.COMPILE,
         }
 
     @property
@@ -173,11 +183,16 @@ class CoDETR(nn.Module):
             ``scores`` and ``pred_classes``, and where the model has masks ``pred_masks`` ([N, height, width] bool).
         """
         images = self.preprocess(batched_inputs)
-        if not self.training:
-            half = self.inference_dtype != torch.float32
-            with torch.autocast(self.device.type, self.inference_dtype) if half else contextlib.nullcontext():
-                return self.inference(self.query_head.encode(self.extract_features(images)), batched_inputs)
+        if self.training:
+            # Inference alone is compiled.
+            with torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext():
+                return self.losses(images, batched_inputs)
+        half = self.inference_dtype != torch.float32
+        with torch.autocast(self.device.type, self.inference_dtype) if half else contextlib.nullcontext():
+            return self.inference(self.query_head.encode(self.extract_features(images)), batched_inputs)
 
+    def losses(self, images: ImageList, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """The losses of all heads, by name."""
         memory = self.query_head.encode(self.extract_features(images))
         instances = [x["instances"].to(self.device) for x in batched_inputs]
         losses, samples = {}, {}

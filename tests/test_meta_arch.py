@@ -104,7 +104,11 @@ def test_weights_of_the_losses():
 
 @pytest.mark.parametrize(
     "options",
-    [("MODEL.CODETR.ACTIVATION_CHECKPOINTING", True), ("MODEL.CODETR.POSITIVE_QUERIES.PADDING", "mask")],
+    [
+        ("MODEL.CODETR.ACTIVATION_CHECKPOINTING", True),
+        ("MODEL.TIMM.ACTIVATION_CHECKPOINTING", True),
+        ("MODEL.CODETR.POSITIVE_QUERIES.PADDING", "mask"),
+    ],
 )
 def test_options_that_do_not_change_the_detector(options):
     batch = make_batch(3, 1)
@@ -114,12 +118,80 @@ def test_options_that_do_not_change_the_detector(options):
     other.load_state_dict(model.state_dict())
     losses, changed = train_step(model, batch), train_step(other, batch)
     assert set(losses) == set(changed)
+    if options[1] is True:  # recomputing what the forward pass computed changes no digit
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        assert all(torch.equal(p.grad, gradients[name]) for name, p in other.named_parameters())
     for name, value in changed.items():
         if "aux" not in name or options[1] is True:
             torch.testing.assert_close(value, losses[name])
     # Filling up with negatives adds to the classification loss of the positive queries; their boxes have no loss.
     if options[1] == "mask":
         assert any(changed[f"loss_cls_aux_{head}"] < losses[f"loss_cls_aux_{head}"] for head in ("roi", "atss"))
+
+
+def test_bfloat16_at_inference():
+    """One option: inference computes under autocast, and training does not."""
+    torch.manual_seed(1)
+    model, half = build(), build("MODEL.CODETR.INFERENCE_DTYPE", "bfloat16")
+    half.load_state_dict(model.state_dict())
+    batch = make_batch(3, 1)
+    losses = train_step(model, batch)
+    for name, value in train_step(half, batch).items():
+        assert torch.equal(value, losses[name])
+    with torch.no_grad():
+        exact = model.eval()(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model(batch)
+        for detections, same, other in zip(half.eval()(batch), expected, exact):
+            scores = detections["instances"].scores
+            assert scores.dtype == torch.float32
+            assert torch.equal(scores, same["instances"].scores) and not torch.equal(scores, other["instances"].scores)
+
+
+def test_the_shape_decides_what_is_kept():
+    """Positions, reference points and priors are kept for a shape: other shapes before change nothing."""
+    torch.manual_seed(1)
+    model = build().eval()
+    used = build().eval()
+    used.load_state_dict(model.state_dict())
+    padded = make_batch(1, 1)
+    images = [padded, padded[:1], padded[1:], padded[::-1], padded]
+    with torch.no_grad():
+        for batch in images:
+            found, expected = used(batch), build_copy(model)(batch)
+            for a, b in zip(found, expected):
+                assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
+
+
+def build_copy(model):
+    """A model of the same weights that has seen no image."""
+    fresh = build().eval()
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def test_compiled_inference():
+    """The compiled model gives the detections of the eager one, for a second shape too, and can still be trained."""
+    torch.manual_seed(1)
+    options = (
+        "MODEL.TIMM.NAME",
+        "resnet10t",
+        "MODEL.CODETR.ENCODER.NUM_LAYERS",
+        1,
+        "MODEL.CODETR.DECODER.NUM_LAYERS",
+        1,
+    )
+    model, compiled = build(*options).eval(), build(*options, "MODEL.CODETR.COMPILE", True).eval()
+    compiled.load_state_dict(model.state_dict())
+    assert set(compiled.state_dict()) == set(model.state_dict())
+    with torch.no_grad():
+        for batch in (make_batch(1), make_batch(1, 1)[1:]):
+            for a, b in zip(compiled(batch), model(batch)):
+                torch.testing.assert_close(a["instances"].scores, b["instances"].scores)
+    batch = make_batch(2)
+    losses = train_step(model, batch)
+    for name, value in train_step(compiled, batch).items():
+        torch.testing.assert_close(value, losses[name])
 
 
 def test_bfloat16():

@@ -27,6 +27,7 @@ class TimmBackbone(Backbone):
         out_features: names of the features to return; the model ends after the last of them.
         freeze_batch_norm: use the running statistics of batch norm and train none of its parameters.
         pretrained: load timm's own weights (needs network access).
+        activation_checkpointing: recompute each block in the backward pass.
 
     Raises:
         InputError: the name is not a timm model with feature maps, a feature does not exist, or the model takes only
@@ -34,7 +35,12 @@ class TimmBackbone(Backbone):
     """
 
     def __init__(
-        self, name: str, out_features: Sequence[str], freeze_batch_norm: bool = True, pretrained: bool = False
+        self,
+        name: str,
+        out_features: Sequence[str],
+        freeze_batch_norm: bool = True,
+        pretrained: bool = False,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         if name not in timm.list_models():
@@ -74,6 +80,10 @@ class TimmBackbone(Backbone):
         if freeze_batch_norm:
             # detectron2's FrozenBatchNorm2d would drop the activation that timm fuses into its batch norm.
             self.model = freeze_batch_norm_2d(self.model)
+        if activation_checkpointing:
+            if not hasattr(self.model, "set_grad_checkpointing"):
+                raise InputError(f"MODEL.TIMM.ACTIVATION_CHECKPOINTING: timm has none for {name}; set it to False.")
+            self.model.set_grad_checkpointing()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] normalised images -> feature maps [B, C, h, w] by name."""
@@ -130,7 +140,9 @@ def _for_any_size(name: str) -> tuple[dict[str, object], int]:
 def timm_from_config(cfg: CfgNode, out_features: Sequence[str]) -> TimmBackbone:
     """``MODEL.TIMM`` -> backbone with the given features."""
     options = cfg.MODEL.TIMM
-    return TimmBackbone(options.NAME, out_features, options.FREEZE_BATCH_NORM, options.PRETRAINED)
+    return TimmBackbone(
+        options.NAME, out_features, options.FREEZE_BATCH_NORM, options.PRETRAINED, options.ACTIVATION_CHECKPOINTING
+    )
 
 
 @BACKBONE_REGISTRY.register()
