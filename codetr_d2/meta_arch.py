@@ -211,9 +211,7 @@ class CoDETR(nn.Module):
 
     def extract_features(self, images: ImageList) -> FeaturePyramid:
         """The levels that the encoder reads."""
-        # Channels last: the layout that convolutions are fast with on the CPU, and that tokens have anyway.
-        layout = torch.channels_last if images.device.type == "cpu" else torch.contiguous_format
-        features = self.backbone(images.tensor.contiguous(memory_format=layout))
+        features = self.backbone(images.tensor.contiguous(memory_format=map_layout(images.device)))
         levels = [features[name] for name in self.in_features]
         if self.neck is not None:
             levels = self.neck(levels)
@@ -277,6 +275,11 @@ def auxiliary_head_names(kinds: list[str]) -> list[str]:
     return [
         kind if kinds[:i].count(kind) == 0 else f"{kind}{kinds[:i].count(kind) + 1}" for i, kind in enumerate(kinds)
     ]
+
+
+def map_layout(device: torch.device) -> torch.memory_format:
+    """The layout of feature maps: channels last on the CPU, where it is fast, and what tokens are in anyway."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
 def build_pyramid(

@@ -7,10 +7,13 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from codetr_d2 import meta_arch, ops
 from codetr_d2.errors import InputError
-from codetr_d2.layers import deformable_attention
-from codetr_d2.structures import DecoderOutput, QueryGroup
+from codetr_d2.layers import MultiScaleDeformableAttention, deformable_attention
+from codetr_d2.queries import TwoStageProposals, gather_tokens
+from codetr_d2.structures import DecoderOutput, EncoderProposals, FeaturePyramid, QueryGroup
 from codetr_d2.transformer import DeformableDecoder
+from codetr_d2.transformer.encoder import FeedForward
 
 __all__ = ["HF", "PACKAGE", "TAKE_BACK", "DeformableDETR", "package_operator", "take_back", "transformers_or_error"]
 
@@ -81,8 +84,67 @@ def with_package_operator(cfg: CfgNode) -> None:
     _patch(deformable_attention, "ms_deform_attn", package_operator())
 
 
+def without_kept_memory(cfg: CfgNode) -> None:
+    """Freed memory goes back to the system, and comes from it anew."""
+    _patch(ops, "keep_freed_memory", lambda: None)
+
+
+def without_folded_batch_norm(cfg: CfgNode) -> None:
+    """Frozen batch norm after the convolution."""
+    _patch(meta_arch, "fold_frozen_batch_norm", lambda module: None)
+
+
+def without_channels_last(cfg: CfgNode) -> None:
+    """Feature maps in PyTorch's usual layout."""
+    _patch(meta_arch, "map_layout", lambda device: torch.contiguous_format)
+
+
+def without_cached_feed_forward(cfg: CfgNode) -> None:
+    """The feed-forward network on all tokens at once, with a copy of its hidden features for ReLU."""
+
+    def forward(ffn: nn.Module, x: Tensor) -> Tensor:
+        return ffn.linear2(ffn.dropout(ffn.linear1(x).relu()))
+
+    _patch(FeedForward, "forward", forward)
+
+
+def without_kept_geometry(cfg: CfgNode) -> None:
+    """Positions, reference points and priors for every image anew, and attention that masks where nothing is padded."""
+    _patch(FeaturePyramid, "geometry", property(lambda pyramid: object()))
+    _patch(FeaturePyramid, "value_mask", property(lambda pyramid: pyramid.padding_mask))
+
+
+def without_scaled_weights(cfg: CfgNode) -> None:
+    """Every sampling offset divided by the size of its level."""
+
+    def offsets(attention: nn.Module, query: Tensor, spatial_shapes: Tensor) -> Tensor:
+        offsets = attention.sampling_offsets(query)
+        parts = offsets.unflatten(-1, (attention.num_heads, attention.num_levels, attention.num_points, 2))
+        return (parts / spatial_shapes.flip(1)[:, None]).view_as(offsets)
+
+    _patch(MultiScaleDeformableAttention, "offsets_from_points", offsets)
+
+
+def without_chosen_boxes(cfg: CfgNode) -> None:
+    """The encoder's boxes at every token, of which the best are taken."""
+    of_all = TwoStageProposals.box_logits
+
+    def box_logits(module: TwoStageProposals, proposals: EncoderProposals, index: Tensor | None = None) -> Tensor:
+        boxes = of_all(module, proposals)
+        return boxes if index is None else gather_tokens(boxes, index)
+
+    _patch(TwoStageProposals, "box_logits", box_logits)
+
+
 # Each takes one optimisation back, in this process, before the model is built; it may also change the config.
 OPTIMISATIONS: dict[str, Callable[[CfgNode], None]] = {
+    "without-kept-memory": without_kept_memory,
+    "without-folded-batch-norm": without_folded_batch_norm,
+    "without-channels-last": without_channels_last,
+    "without-cached-feed-forward": without_cached_feed_forward,
+    "without-kept-geometry": without_kept_geometry,
+    "without-scaled-weights": without_scaled_weights,
+    "without-chosen-boxes": without_chosen_boxes,
     "without-fused-attention": without_fused_attention,
     "without-fused-optimizer": without_fused_optimizer,
 }

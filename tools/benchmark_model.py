@@ -151,10 +151,7 @@ class Runner:
             self.context = autocast(case.cfg)  # faster for this model than weights in bfloat16
         else:
             take_back(against, case.cfg)
-            if "INFERENCE_DTYPE" in case.cfg.MODEL.CODETR:
-                case.cfg.MODEL.CODETR.INFERENCE_DTYPE = case.dtype
-            elif not case.training:
-                self.context = autocast(case.cfg)
+            case.cfg.MODEL.CODETR.INFERENCE_DTYPE = case.dtype
         self.case = case
         self.finish = finisher(case.device)
         self.batch = random_batch(case)

@@ -98,19 +98,25 @@ class MultiScaleDeformableAttention(nn.Module):
         dtype = torch.promote_types(value.dtype, torch.float32)
         weights = self.attention_weights(query).to(dtype).view(*points[:3], -1).softmax(-1).view(points)
         reference_points = reference_points.to(dtype)[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
-        linear = self.sampling_offsets
         if reference_points.shape[-1] == 2:
-            # Offsets count cells: the layer's few weights are divided by the sizes, not its many results.
-            scale = 1 / spatial_shapes.flip(1).to(linear.weight.dtype)  # [L, 2] (1 / width, 1 / height)
-            scale = scale[:, None].expand(self.num_heads, -1, self.num_points, -1).flatten()
-            offsets = F.linear(query, linear.weight * scale[:, None], linear.bias * scale).to(dtype).view(*points, 2)
+            offsets = self.offsets_from_points(query, spatial_shapes).to(dtype).view(*points, 2)
         else:
             scale = reference_points[..., 2:] * (0.5 / self.num_points)
-            offsets = linear(query).to(dtype).view(*points, 2) * scale
+            offsets = self.sampling_offsets(query).to(dtype).view(*points, 2) * scale
         locations = reference_points[..., :2] + offsets  # [B, Q, H, L, P, 2]
 
         output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
         return self.output_proj(output)
+
+    def offsets_from_points(self, query: Tensor, spatial_shapes: Tensor) -> Tensor:
+        """[B, Q, H * L * P * 2] offsets that count cells, as fractions of each level's map.
+
+        Not the many offsets are divided by the sizes, but the few weights that they come from.
+        """
+        linear = self.sampling_offsets
+        scale = 1 / spatial_shapes.flip(1).to(linear.weight.dtype)  # [L, 2] (1 / width, 1 / height)
+        scale = scale[:, None].expand(self.num_heads, -1, self.num_points, -1).flatten()
+        return F.linear(query, linear.weight * scale[:, None], linear.bias * scale)
 
     def _check(self, query, value, reference_points, spatial_shapes, level_start_index, padding_mask) -> None:
         levels = self.num_levels

@@ -71,10 +71,10 @@ def run(script, *args) -> str:
     return ""
 
 
-def make_case(tool, opts=(), dtype="float32", **changes):
+def make_case(tool, opts=(), dtype="float32", config_file=DINO, **changes):
     model = tool("benchmark_model")
     args = SimpleNamespace(
-        config_file=DINO,
+        config_file=config_file,
         opts=[*TINY, *opts],
         sizes=[(64, 96)],
         batch=1,
@@ -143,6 +143,34 @@ def test_separate_passes_give_the_same_losses(tool):
     calls.clear()
     assert losses() == pytest.approx(together, rel=1e-4)
     assert calls == [["", "_dn"], ["_aux_roi"], ["_aux_atss"]]
+
+
+def test_without_an_optimisation_the_losses_are_the_same(tool):
+    """Of a Co-DINO with ResNet-50, by each name alone and by all of them together with the eager operator."""
+    model, against = tool("benchmark_model"), tool("benchmark_against")
+    resnet = str(CONFIGS / "co_dino" / "co_dino_5scale_r50_1x_coco.yaml")
+    small = [x for x in TINY if "NUM_HEADS" not in x and x != "4"] + ["MODEL.CODETR.DENOISING.NUM_QUERIES", "10"]
+    options = ["MODEL.CODETR.NUM_FEATURE_LEVELS", "5", "MODEL.RESNETS.STEM_OUT_CHANNELS", "64", *small]
+
+    def losses(names):
+        case = make_case(tool, options, config_file=resnet)
+        enabled = torch.backends.cuda.flash_sdp_enabled()
+        against.take_back(names, case.cfg)
+        detector, batch = model.build_side(case, []), model.random_batch(case)
+        seed_rng(0)
+        with EventStorage():
+            values = detector(batch)
+        loss = sum(values.values())
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in detector.parameters() if p.grad is not None]).norm()
+        mock.patch.stopall()
+        for kind in ("flash", "mem_efficient", "cudnn"):
+            getattr(torch.backends.cuda, f"enable_{kind}_sdp")(enabled)
+        return {**{name: value.item() for name, value in values.items()}, "the gradient's norm": norm.item()}
+
+    expected = losses([])
+    for name in [*against.OPTIMISATIONS, "eager"]:
+        assert losses([name]) == pytest.approx(expected, rel=1e-3), name
 
 
 def test_eager_takes_all_back(tool):
