@@ -10,8 +10,8 @@ __all__ = ["keep_freed_memory"]
 def keep_freed_memory() -> None:
     """Keep the memory of freed CPU tensors for the next ones, in this process, from now on.
 
-    By default large tensors are new memory of the system's, which zeroes it at the first touch: a third of the time of
-    a training step. What is kept never makes the process larger than its tensors needed at once at the worst moment.
+    By default large tensors are new memory of the system's, which zeroes it at the first touch. What is kept makes the
+    process larger by at most an eighth of what its tensors needed at once at the worst moment.
     Without the compiled library it does nothing.
     """
     if library_is_loaded():

