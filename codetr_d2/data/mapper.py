@@ -199,12 +199,14 @@ class CoDETRDatasetMapper(DatasetMapper):
         boxes = _boxes(annotations)
         if not self.use_instance_mask:
             height, width = image_shape
-            instances = Instances(
-                image_shape,
-                gt_boxes=Boxes(transforms.apply_box(boxes).clip(0, (width, height, width, height))),
-                gt_classes=torch.tensor([x["category_id"] for x in annotations], dtype=torch.int64),
+            boxes = transforms.apply_box(boxes).clip(0, (width, height, width, height))
+            classes = np.array([x["category_id"] for x in annotations], dtype=np.int64)
+            kept = (boxes[:, 2:] - boxes[:, :2] > MIN_BOX_SIDE).all(axis=1)
+            dataset_dict["instances"] = Instances(
+                image_shape, gt_boxes=Boxes(boxes[kept]), gt_classes=torch.from_numpy(classes[kept])
             )
-        elif not annotations:  # detectron2 leaves the masks out where there is no object, and then looks for them
+            return
+        if not annotations:  # detectron2 leaves the masks out where there is no object, and then looks for them
             instances = utils.annotations_to_instances([], image_shape)
             is_polygon = self.instance_mask_format == "polygon"
             instances.gt_masks = PolygonMasks([]) if is_polygon else BitMasks(torch.zeros(0, *image_shape))
