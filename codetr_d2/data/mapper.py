@@ -73,8 +73,8 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
 class _Picture(T.AugInput):
     """An image whose pixels lie in memory channel by channel once they are resized, as the model takes them.
 
-    Resized by torch, which has Pillow's antialiasing filter and gives the same but for one level in few pixels, in a
-    third of the time.
+    Resized by torch, which has Pillow's antialiasing filter and gives the same but for a level or two in few pixels, in
+    a third of the time.
     """
 
     def transform(self, tfm: T.Transform) -> None:
