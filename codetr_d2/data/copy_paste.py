@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
-from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, Instances
 
@@ -39,21 +39,28 @@ class CutOuts:
     def from_annotations(
         cls, annotations: Sequence[dict], transforms: T.Transform, image_size: tuple[int, int]
     ) -> "CutOuts":
-        """Annotations of a detectron2 dataset dict, which change, as they are after the transforms.
+        """Annotations of a detectron2 dataset dict, as they are after the transforms.
 
-        Crowds are left out, and so is what the transforms have cut away.
+        Crowds are left out, and so is what the transforms have cut away: the pixels of a polygon end where the image
+        does, so that the polygon itself need not be clipped.
         """
-        annotations = [
-            utils.transform_instance_annotations(x, transforms, image_size)
-            for x in annotations
-            if x.get("iscrowd", 0) == 0
-        ]
-        masks = []
-        for segmentation in (x["segmentation"] for x in annotations):
-            if isinstance(segmentation, np.ndarray):
-                masks.append(mask_util.encode(np.asfortranarray(segmentation, dtype=np.uint8)))
+        annotations = [x for x in annotations if x.get("iscrowd", 0) == 0]
+        parts: list[list[dict]] = [[] for _ in annotations]
+        polygons, owners = [], []
+        for i, segmentation in enumerate(x["segmentation"] for x in annotations):
+            if isinstance(segmentation, dict):
+                mask = transforms.apply_segmentation(mask_util.decode(segmentation))
+                parts[i].append(mask_util.encode(np.asfortranarray(mask)))
             else:
-                masks.append(mask_util.merge(mask_util.frPyObjects(segmentation, *image_size) if segmentation else []))
+                polygons.extend(np.array(x, dtype=np.float64).reshape(-1, 2) for x in segmentation)
+                owners.extend([i] * len(segmentation))
+        if polygons:
+            points = transforms.apply_coords(np.concatenate(polygons))
+            ends = np.cumsum([len(x) for x in polygons])[:-1]
+            encodings = mask_util.frPyObjects([x.ravel() for x in np.split(points, ends)], *image_size)
+            for i, encoding in zip(owners, encodings):
+                parts[i].append(encoding)
+        masks = [mask_util.merge(x) for x in parts]
         objects = cls(image_size, np.array([x["category_id"] for x in annotations], dtype=np.int64), masks)
         return objects[objects.areas > 0]
 
@@ -80,11 +87,16 @@ class CutOuts:
         """As detectron2's ground truth: ``gt_boxes``, ``gt_classes`` and, if asked for, ``gt_masks`` (``BitMasks``)."""
         instances = Instances(self.image_size, gt_boxes=Boxes(self.boxes), gt_classes=torch.from_numpy(self.classes))
         if with_masks:
-            masks = torch.zeros((len(self), *self.image_size), dtype=torch.bool)
+            masks = torch.empty((len(self), *self.image_size), dtype=torch.bool)
             for mask, encoding in zip(masks, self.masks):
-                mask.numpy()[:] = mask_util.decode(encoding)
+                _by_rows(mask_util.decode(encoding), out=mask.numpy())
             instances.gt_masks = BitMasks(masks)
         return instances
+
+
+def _by_rows(mask: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """A mask [H, W] of pycocotools, which lies by columns, as bool by rows; ten times as fast as numpy does it."""
+    return cv2.transpose(mask.T, None if out is None else out.view(np.uint8)).view(bool)
 
 
 def choose_objects(objects: CutOuts, max_num: int) -> CutOuts:
@@ -108,7 +120,8 @@ def paste_objects(
     if len(source) == 0:
         return image, objects
     pasted = mask_util.decode(mask_util.merge(source.masks))
-    image = np.where(np.ascontiguousarray(pasted, dtype=bool)[:, :, None], source_image, image)
+    image = image.copy(order="K")
+    np.copyto(image, source_image, where=_by_rows(pasted)[:, :, None])
     free = mask_util.encode(1 - pasted)
     left = [mask_util.merge([mask, free], intersect=True) for mask in objects.masks]
     left = CutOuts(objects.image_size, objects.classes, left)

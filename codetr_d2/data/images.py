@@ -92,7 +92,7 @@ def read_image(file_name: str | os.PathLike, format: str = "BGR", size: tuple[in
         size: (width, height) in pixels that the annotations claim, or None.
 
     Returns:
-        [H, W, C] uint8 array.
+        [H, W, C] uint8 array, contiguous and writable.
 
     Raises:
         InputError: the file is missing or damaged, or its size is not ``size``.
@@ -116,7 +116,7 @@ def read_image(file_name: str | os.PathLike, format: str = "BGR", size: tuple[in
                 image = _to_8_bit(image)
             elif image.mode in ("P", "PA"):
                 image = image.convert("RGBA")  # Pillow warns about some transparent palettes otherwise
-            return np.ascontiguousarray(convert_PIL_to_numpy(image, format))
+            return np.require(convert_PIL_to_numpy(image, format), requirements=["C", "W"])
         except _DAMAGE as error:
             raise InputError(
                 f"{file_name} is truncated or damaged ({error or type(error).__name__}). "

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from ..errors import InputError
-from .samplers import BatchStream, seed_rng
+from .samplers import BatchStream
 
 __all__ = ["TRAIN_SAMPLERS", "build_test_loader", "build_train_loader"]
 
@@ -25,14 +25,16 @@ TRAIN_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 @contextmanager
 def _rng_of_sample(seed: int):
     """Seed the global random generators of the CPU, and give them back as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        seed_rng(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
 
 
 class _Samples(Dataset):

@@ -27,7 +27,9 @@ def seed_rng(seed: int) -> None:
     """Seed every global random generator: Python's, numpy's and torch's, on the CPU and on the GPUs."""
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():  # torch.manual_seed would note where it was called from, for a GPU that is not there
+        torch.cuda.manual_seed_all(seed)
 
 
 class BatchStream(Sampler[list[tuple[int, int]]]):

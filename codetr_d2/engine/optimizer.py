@@ -54,9 +54,17 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE != "full_model":
         adamw = maybe_add_gradient_clipping(cfg, adamw)
     try:
-        return adamw(groups, lr=cfg.SOLVER.BASE_LR, fused=True)
+        optimizer = adamw(groups, lr=cfg.SOLVER.BASE_LR, fused=True)
     except RuntimeError:  # this torch has no fused kernel for this device
-        return adamw(groups, lr=cfg.SOLVER.BASE_LR, foreach=True)
+        optimizer = adamw(groups, lr=cfg.SOLVER.BASE_LR, foreach=True)
+    optimizer.register_load_state_dict_pre_hook(_keep_kernel)
+    return optimizer
+
+
+def _keep_kernel(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+    """Go on with the kernel for this device, whichever the checkpoint was written with."""
+    kernel = {name: optimizer.defaults[name] for name in ("fused", "foreach")}
+    return {**state_dict, "param_groups": [{**group, **kernel} for group in state_dict["param_groups"]]}
 
 
 def clip_full_model(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> Tensor:

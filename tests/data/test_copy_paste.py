@@ -1,14 +1,18 @@
+import copy
+
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.config import get_cfg
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
 
 from codetr_d2 import add_codetr_config
-from codetr_d2.data import CoDETRDatasetMapper, load_datasets, register_datasets
+from codetr_d2.data import CoDETRDatasetMapper, build_augmentations, load_datasets, register_datasets
 from codetr_d2.data.copy_paste import CutOuts, choose_objects, paste_objects
 from codetr_d2.data.loader import _Samples
 from codetr_d2.errors import InputError
@@ -134,6 +138,41 @@ def test_a_sample_depends_on_its_index_and_seed_alone(cfg, records):
     again, other = samples[0, 5], samples[0, 6]
     assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], other["image"])
     assert torch.equal(first["instances"].gt_boxes.tensor, again["instances"].gt_boxes.tensor)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_masks_are_those_of_detectron2_but_at_the_edge(cfg, records, encoded):
+    """detectron2 clips polygons before it fills them."""
+    cfg.INPUT.LARGE_SCALE_JITTER.MIN_SCALE = 0.8
+    annotations = copy.deepcopy(records[0]["annotations"])
+    angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    ring = np.stack((80 + 70 * np.cos(angles), 60 + 50 * np.sin(angles)), axis=1)
+    annotations[0]["segmentation"] = [ring.ravel().tolist(), [0.0, 0.0, 20.0, 0.0, 0.0, 20.0]]  # crops cut both
+    annotations[1]["segmentation"] = [[float(x) for x in annotations[1]["segmentation"][0]]]
+    annotations.append({**annotations[0], "iscrowd": 1})
+    if encoded:
+        for x in annotations:
+            x["segmentation"] = mask_util.merge(mask_util.frPyObjects(x["segmentation"], 120, 160))
+    before = copy.deepcopy(annotations)
+    np.random.seed(0)
+    compared = 0
+    for _ in range(20):
+        aug_input = T.AugInput(np.zeros((120, 160, 3), np.uint8))
+        transforms = T.AugmentationList(build_augmentations(cfg, True))(aug_input)
+        found = CutOuts.from_annotations(annotations, transforms, (SIDE, SIDE))
+        assert annotations == before
+        expected = [
+            utils.transform_instance_annotations(copy.deepcopy(x), transforms, (SIDE, SIDE)) for x in annotations[:2]
+        ]
+        expected = utils.annotations_to_instances(expected, (SIDE, SIDE), "bitmask")
+        expected = expected[expected.gt_masks.nonempty()]
+        masks = found.to_instances(True).gt_masks.tensor
+        assert found.classes.tolist() == expected.gt_classes.tolist()
+        difference = masks ^ expected.gt_masks.tensor
+        assert difference.sum() <= (0 if encoded else 4)
+        np.testing.assert_allclose(found.boxes, expected.gt_masks.get_bounding_boxes().tensor, atol=1)
+        compared += len(found)
+    assert compared > 20
 
 
 def test_without_a_mask_head_only_boxes_are_returned(cfg, records):

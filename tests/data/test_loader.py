@@ -8,7 +8,7 @@ import torch
 from detectron2.config import get_cfg
 
 from codetr_d2.data.loader import build_test_loader, build_train_loader
-from codetr_d2.data.samplers import BatchStream, derive_seed
+from codetr_d2.data.samplers import BatchStream, derive_seed, seed_rng
 from codetr_d2.errors import InputError
 
 GROUPS = [0, 1, 1, 0, 1, 1, 1]
@@ -61,6 +61,13 @@ def test_repeat_factors_are_met_on_average():
 def test_derived_seeds_differ():
     parts = [(0, "step", i, rank) for i in range(100) for rank in range(4)] + [(1, "step", 0, 0), (0, "sample", 0, 0)]
     assert len({derive_seed(*x) for x in parts}) == len(parts)
+
+
+def test_seeding_is_that_of_the_libraries():
+    seed_rng(7)
+    drawn = random.random(), np.random.rand(), torch.rand(()).item()
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
+    assert drawn == (random.random(), np.random.rand(), torch.rand(()).item())
 
 
 def noisy_mapper(record):

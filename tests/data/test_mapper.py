@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import transforms as T
 from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.structures import BitMasks, BoxMode
 from PIL import Image
@@ -11,6 +12,7 @@ from pycocotools import mask as mask_util
 
 from codetr_d2 import add_codetr_config
 from codetr_d2.data import CoDETRDatasetMapper, build_augmentations
+from codetr_d2.data.mapper import _Picture
 from codetr_d2.errors import InputError
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
@@ -114,6 +116,53 @@ def test_wide_images_are_limited_before_the_crop(cfg):
         AugmentationList(augmentations)(aug_input)
         heights.add(aug_input.image.shape[0])
     assert heights == {50, 53}  # a short side of 400 would make the long one 32000 pixels, not 4200
+
+
+@pytest.mark.parametrize("height, width", [(800, 1066), (97, 130), (480, 20), (40, 20), (150, 200)])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_pictures_are_resized_as_by_pillow(height, width, flipped):
+    """Up, down and not at all, but for a level of brightness in few pixels."""
+    rough = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
+    pixels = np.array(Image.fromarray(rough).resize((200, 150), Image.Resampling.BICUBIC))[:, :: -1 if flipped else 1]
+    resize = T.ResizeTransform(150, 200, height, width)
+    picture = _Picture(pixels)
+    picture.transform(resize)
+    expected = resize.apply_image(pixels)
+    difference = np.abs(picture.image.astype(int) - expected)
+    assert picture.image.dtype == np.uint8 and picture.image.shape == (height, width, 3)
+    assert difference.max() <= 2 and (difference > 0).mean() < 0.01
+
+
+def test_pictures_are_padded_and_transformed_as_by_detectron2():
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    transforms = T.TransformList([T.HFlipTransform(30), T.PadTransform(1, 2, 3, 4, 30, 20, 114.0, 0)])
+    fill_up = T.FixedSizeCrop((40, 25), pad_value=114.0).get_transform(transforms.transforms[1].apply_image(pixels))
+    picture, expected = _Picture(pixels), AugInput(pixels)
+    for part in (transforms, fill_up):
+        picture.transform(part)
+        for x in part.transforms:
+            expected.transform(x)
+    np.testing.assert_array_equal(picture.image, expected.image)
+    assert picture.image.shape == (40, 25, 3)
+
+
+def test_boxes_may_be_given_in_several_ways_and_stay_as_they_were(cfg, record):
+    boxes = []
+    for masks in (False, True):
+        cfg.MODEL.MASK_ON = masks
+        for mode in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):
+            mixed = copy.deepcopy(record)
+            add_polygons(mixed)
+            x, y, w, h = mixed["annotations"][1]["bbox"]
+            if mode == BoxMode.XYXY_ABS:
+                mixed["annotations"][1].update(bbox=(x, y, x + w, y + h), bbox_mode=mode)
+            before = copy.deepcopy(mixed)
+            np.random.seed(2)
+            boxes.append(CoDETRDatasetMapper(cfg, is_train=True)(mixed)["instances"].gt_boxes.tensor)
+            assert mixed == before
+    assert len(boxes[0]) == 3
+    for other in boxes[1:]:
+        torch.testing.assert_close(other, boxes[0])
 
 
 def test_no_crop_in_evaluation(cfg, record):

@@ -94,6 +94,36 @@ def test_a_multiplier_without_effect_is_reported(cfg, caplog):
     assert "bakbone" in caplog.text
 
 
+@pytest.mark.parametrize("kernel", [{"foreach": True}, {"foreach": False}, {"fused": True}])
+def test_any_adamw_checkpoint_goes_on_as_it_would_have(cfg, kernel):
+    """Two steps of torch's own, with any kernel, then two of ours: the weights of four steps of its plain loop."""
+    cfg.SOLVER.LR_MULTIPLIERS = [["backbone", 0.1]]
+    model, expected = make_model(), make_model()
+    expected.load_state_dict(model.state_dict())
+
+    def plain(model, **kernel):
+        groups = [dict(x) for x in build_optimizer(cfg, model).param_groups]
+        options = ("params", "lr", "weight_decay")
+        return torch.optim.AdamW([{key: group[key] for key in options} for group in groups], **kernel)
+
+    def steps(optimizer, model, numbers):
+        for number in numbers:
+            optimizer.zero_grad()
+            sum((x * (i + number)).sin().sum() for i, x in enumerate(model.parameters())).backward()
+            optimizer.step()
+
+    steps(plain(expected, foreach=False), expected, range(4))
+    before = plain(model, **kernel)
+    steps(before, model, range(2))
+    optimizer = build_optimizer(cfg, model)
+    assert optimizer.defaults["fused"]
+    optimizer.load_state_dict(before.state_dict())
+    assert all(group["fused"] and not group["foreach"] for group in optimizer.param_groups)
+    steps(optimizer, model, range(2, 4))
+    for a, b in zip(model.parameters(), expected.parameters()):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
 @pytest.mark.parametrize("limit", [0.5, 1e3])
 def test_full_model_clipping_is_that_of_torch(cfg, norm_type, limit):
