@@ -36,9 +36,11 @@ x = tensor(7.5)                              # wastes little
 assert x.data_ptr() == address and x[::4096].eq(1).all() and statistics() == [0, 28, 28]
 del x
 x = tensor(5)                                # would waste more than half of what it needs
-assert statistics() == [0, 25, 28]           # there is no room for both beside the 20
+assert statistics() == [8, 25, 28]
+y = tensor(3)                                # there is no room for both beside the others
+assert statistics() == [0, 28, 28]
 small = tensor(0.5)                          # left to the C library
-assert statistics() == [0, 25, 28]
+assert statistics() == [0, 28, 28]
 """)
 
 
@@ -50,8 +52,8 @@ del x
 for size in range(2, 64):                    # 2 GiB in all, no two of a size
     tensor(size)
     waiting, used, peak = statistics()
-    assert waiting + used <= 1.125 * peak and peak == 64
-assert resident() - before < 72 + 16
+    assert waiting + used <= 1.25 * peak and peak == 64
+assert resident() - before < 80 + 16
 together = [tensor(40) for _ in range(3)]    # a worse moment
 assert statistics() == [0, 120, 120]
 """)
