@@ -3,7 +3,7 @@
 // The C library hands every large block back to the system, which zeroes it page by page when the next tensor touches
 // it: a third of the time of a training step. Here a freed block waits in a list. A model allocates the same sizes
 // again and again, so most blocks come from it. What waits is handed back before the process would grow past what its
-// tensors needed at once at the worst moment so far, and a quarter (at most a gigabyte).
+// tensors needed at once at the worst moment so far, and a quarter (at most 768 MiB).
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -24,7 +24,7 @@ constexpr size_t kMinBytes = 1 << 20;  // what is smaller is the C library's
 constexpr size_t kPage = 1 << 16;  // a multiple of every system's
 constexpr size_t kSlackShare = 2;  // a block may be larger than the request by 1/2
 constexpr size_t kBoundShare = 4;  // all blocks together may exceed the worst moment by 1/4,
-constexpr size_t kBoundBytes = 1 << 30;  // but by no more than this
+constexpr size_t kBoundBytes = 3 << 28;  // but by no more than this
 
 class KeepingAllocator final : public c10::Allocator {
  public:
