@@ -11,7 +11,8 @@ def keep_freed_memory() -> None:
     """Keep the memory of freed CPU tensors for the next ones, in this process, from now on.
 
     By default large tensors are new memory of the system's, which zeroes it at the first touch. What is kept makes the
-    process larger by at most a quarter of what its tensors needed at once at the worst moment, and 768 MiB at most.
+    process larger by at most a quarter of what its tensors needed at once at the worst moment, and 384 MiB at most.
+    Kept memory is of huge pages, where the system has them.
     Without the compiled library it does nothing.
     """
     if library_is_loaded():

@@ -26,36 +26,72 @@ def run(code):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_freed_block_serves_the_next_tensor_of_its_size():
+def test_freed_memory_serves_the_next_tensors():
     run("""
 x, held = tensor(8), tensor(20)
 address = x.data_ptr()
 del x
 assert statistics() == [8, 20, 28]
-x = tensor(7.5)                              # wastes little
-assert x.data_ptr() == address and x[::4096].eq(1).all() and statistics() == [0, 28, 28]
-del x
-x = tensor(5)                                # would waste more than half of what it needs
-assert statistics() == [8, 25, 28]
-y = tensor(3)                                # there is no room for both beside the others
-assert statistics() == [0, 28, 28]
+x = tensor(5)                                # the smallest kept range that holds it
+assert x.data_ptr() == address and statistics() == [3, 25, 28]
+y = tensor(3)                                # and what is left of that
+assert y.data_ptr() == address + 5 * MIB and statistics() == [0, 28, 28]
+del x, y
+z = tensor(8)                                # neighbours are joined again
+assert z.data_ptr() == address and statistics() == [0, 28, 28]
+assert z[::4096].eq(1).all() and held[::4096].eq(1).all()
+odd = tensor(1.5)                            # fresh memory is whole huge pages
+assert statistics() == [0.5, 29.5, 29.5]
 small = tensor(0.5)                          # left to the C library
-assert statistics() == [0, 28, 28]
+assert statistics() == [0.5, 29.5, 29.5]
 """)
 
 
 def test_the_process_grows_little_past_the_worst_moment():
     run("""
 before = resident()
-x = tensor(64)
-del x
-for size in range(2, 64):                    # 2 GiB in all, no two of a size
-    tensor(size)
-    waiting, used, peak = statistics()
-    assert waiting + used <= 1.25 * peak and peak == 64
-assert resident() - before < 80 + 16
-together = [tensor(40) for _ in range(3)]    # a worse moment
-assert statistics() == [0, 120, 120]
+held = [tensor(2) for _ in range(64)]
+del held[::2]                                # gaps that hold nothing larger than 2 MiB
+for size in range(3, 64):                    # 2 GiB in all
+    x = tensor(size)
+    assert x[::4096].eq(1).all()
+    del x
+    kept, used, peak = statistics()
+    assert kept + used <= 1.25 * peak and peak == 128
+    assert resident() - before < kept + used + 16
+assert all(x.eq(1).all() for x in held)
+together = [tensor(48) for _ in range(3)]    # a worse moment
+assert statistics()[1:] == [64 + 144, 64 + 144]
+""")
+
+
+def test_regions_of_more_than_a_gigabyte():
+    run("""
+x = torch.empty(3 << 30, dtype=torch.uint8)  # never touched: no memory
+x[-1] = 1
+y = tensor(100)
+x[-200 * MIB:] = 2
+assert y.eq(1).all() and x[-1] == 2
+""")
+
+
+def test_random_sizes_never_overlap():
+    run("""
+import random
+random.seed(0)
+live = []
+for step in range(4000):
+    if live and (len(live) > 40 or random.random() < 0.5):
+        value, x = live.pop(random.randrange(len(live)))
+        assert x[0] == value and x[-1] == value and x[len(x) // 2] == value
+    else:
+        x = torch.empty(random.randrange(MIB, 12 * MIB), dtype=torch.uint8)
+        value = step % 251
+        x[0] = x[-1] = x[len(x) // 2] = value
+        live.append((value, x))
+assert statistics()[1] >= sum(len(x) for _, x in live) / MIB
+del live[:], x
+assert statistics()[1] == 0
 """)
 
 
