@@ -8,6 +8,7 @@ python tools/benchmark.py train --config-file configs/... --sizes 480x640 --agai
 python tools/benchmark.py train --config-file configs/... --sweep k=0,1,2,3,4,6 --output k.json   # and k.png
 python tools/benchmark.py parts --config-file configs/... --sizes 800x1333   # the roofline
 python tools/benchmark.py loader --config-file configs/...
+python tools/benchmark.py loop --config-file configs/...   # train_net.py's iterations: what is not forward and backward
 """
 
 import argparse
@@ -21,6 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 from benchmark_loader import benchmark_loader
+from benchmark_loop import benchmark_loop
 from benchmark_model import SWEEPS, benchmark_model
 from benchmark_op import AGAINST, SIZES, benchmark_op
 from benchmark_parts import benchmark_parts
@@ -117,6 +119,12 @@ def build_parser() -> argparse.ArgumentParser:
     loader.add_argument("--files", type=positive, default=16, help="JPEG files of 640 x 480 pixels to read them from")
     loader.add_argument("opts", nargs=argparse.REMAINDER, help="options of the config, KEY VALUE")
     loader.set_defaults(run=benchmark_loader)
+
+    loop = add("loop", "where the time of training goes outside of forward and backward, with the config's own dataset")
+    loop.add_argument("--config-file", required=True)
+    loop.add_argument("--iterations", type=positive, default=100, help="to time, after ten to warm up")
+    loop.add_argument("opts", nargs=argparse.REMAINDER, help="options of the config, KEY VALUE")
+    loop.set_defaults(run=benchmark_loop)
     return parser
 
 

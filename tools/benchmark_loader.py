@@ -4,14 +4,13 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-from benchmark_machine import describe_machine
+from benchmark_machine import Stopwatch, describe_machine
 from benchmark_model import read_config
 from benchmark_report import machine_line, plot_bars, print_table, save
 from detectron2.structures import BoxMode
@@ -65,30 +64,13 @@ def make_dataset(folder: Path, num_images: int, num_objects: int, num_classes: i
     return records
 
 
-class _Stopwatch:
-    """Adds up the seconds that functions take, by a name for each."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    def timed(self, name: str, function: Callable) -> Callable:
-        def wrapper(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-        return wrapper
-
-
 def measure_mapper(mapper: CoDETRDatasetMapper, records: list[dict], num_images: int) -> dict:
     """Images a second in this process, on one thread as in a worker, and where the time goes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seed_rng(0)
     mapper(records[0])
-    watch = _Stopwatch()
+    watch = Stopwatch()
     augmentations = mapper.augmentations
     mapper.augmentations = watch.timed("augmentation", augmentations)
     try:

@@ -1,12 +1,13 @@
 """What the benchmark's measurements are made on: the machine's properties, the clock, and memory."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-__all__ = ["GIB", "MemoryProbe", "describe_machine", "finisher", "resident_bytes"]
+__all__ = ["GIB", "MemoryProbe", "Stopwatch", "describe_machine", "finisher", "resident_bytes"]
 
 GIB = 2**30
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -65,3 +66,20 @@ class MemoryProbe:
         if not self.works:
             return None
         return max(0, (torch.cuda.max_memory_allocated() if self.on_gpu else resident_bytes("VmHWM")) - self.before)
+
+
+class Stopwatch:
+    """Adds up the seconds that functions take, by a name for each."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        def wrapper(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+        return wrapper

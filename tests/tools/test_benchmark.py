@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -440,3 +441,36 @@ def test_scopes(tool, monkeypatch):
         scopes.inside("outer", fails)()  # enters at 1, inner from 2 to 3, leaves at 4
     scopes.charge()  # 5
     assert dict(scopes.seconds) == {parts.REST: 2, "outer": 2, "outer, inner": 1}
+
+
+def test_the_loop_times_all_of_an_iteration(script, tmp_path, capsys, monkeypatch):
+    image = tmp_path / "0.jpg"
+    Image.new("RGB", (64, 64)).save(image)
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 24, 24], "area": 576, "iscrowd": 0}
+    (tmp_path / "train.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "0.jpg", "height": 64, "width": 64}],
+                "annotations": [annotation],
+                "categories": [{"id": i, "name": str(i)} for i in range(1, 11)],
+            }
+        )
+    )
+    name = "benchmark_loop_train"
+    data = [[name, str(tmp_path), str(tmp_path / "train.json")]]
+    opts = ["DATASETS.COCO_JSON", data, "DATASETS.TRAIN", [name], "SOLVER.IMS_PER_BATCH", 1]
+    opts += ["INPUT.MIN_SIZE_TRAIN", "[64]", "INPUT.MAX_SIZE_TRAIN", 64, "SOLVER.EMA.ENABLED", True]
+    output = tmp_path / "loop.json"
+    start = time.perf_counter()
+    assert run(script, "loop", "--config-file", DINO, "--iterations", 3, "--output", output, *TINY, *opts) == ""
+    seconds = time.perf_counter() - start
+    report = json.loads(output.read_text())
+    assert len(report["iterations"]) == 3
+    parts = {"forward", "matching", "backward", "clipping", "optimizer", "EMA", "hooks and log", "data", "rest"}
+    for iteration in report["iterations"]:
+        assert set(iteration) == parts and min(iteration.values()) > 0
+    whole = sum(sum(x.values()) for x in report["iterations"])
+    inside = sum(x["forward"] + x["backward"] for x in report["iterations"])
+    assert whole < seconds and report["outside_share"] == pytest.approx(1 - inside / whole)
+    assert "all but forward and backward" in capsys.readouterr().out
+    assert torch.Tensor.backward.__module__ == "torch._tensor"  # as it was
