@@ -1,7 +1,7 @@
-"""Build and install the package; the C++ operator is built against the installed PyTorch.
+"""Build and install the package; the C++ operators are built against the installed PyTorch.
 
 Without a compiler or PyTorch, or where the build fails, the package installs all the same, with one warning: the
-operator then runs in plain PyTorch. ``CODETR_D2_NO_CPP=1`` leaves the C++ operator out on purpose.
+operators then run in plain PyTorch and torchvision. ``CODETR_D2_NO_CPP=1`` leaves the C++ out on purpose.
 """
 
 import os
@@ -39,8 +39,8 @@ class OptionalBuildExtension(BuildExtension):
             except (Exception, SystemExit) as error:  # whatever compilers, setuptools and PyTorch raise
                 reason = f"its build failed ({(str(error) or type(error).__name__).splitlines()[0]})."
         print(
-            "WARNING: codetr_d2 is installed without its C++ operator: deformable attention will be slow on the CPU: "
-            + reason,
+            "WARNING: codetr_d2 is installed without its C++ library: deformable attention and ROIAlign will be slow "
+            "on the CPU: " + reason,
             file=sys.stderr,
         )
         for extension in self.extensions:
@@ -53,7 +53,8 @@ class OptionalBuildExtension(BuildExtension):
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: single-threaded there
 extension = CppExtension(
     "codetr_d2._C",
-    ["codetr_d2/ops/csrc/ms_deform_attn_cpu.cpp", "codetr_d2/ops/csrc/cpu_allocator.cpp"],
+    [f"codetr_d2/ops/csrc/{name}.cpp" for name in ("ms_deform_attn_cpu", "roi_align_cpu", "cpu_allocator")],
+    depends=["codetr_d2/ops/csrc/instruction_sets.h"],
     # No -march=native: the file holds the kernels of several instruction sets, and the build may move.
     extra_compile_args=["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", *openmp],
     extra_link_args=openmp,
@@ -66,7 +67,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["codetr_d2", "codetr_d2.*"]),
-    package_data={"codetr_d2.ops": ["csrc/*.cpp"]},
+    package_data={"codetr_d2.ops": ["csrc/*.cpp", "csrc/*.h"]},
     install_requires=[
         "torch>=2.6",  # reads checkpoints of strangers without running what they hold
         "torchvision",

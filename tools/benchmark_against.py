@@ -4,11 +4,13 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
+import torchvision
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from codetr_d2 import meta_arch, ops
 from codetr_d2.errors import InputError
+from codetr_d2.heads import roi
 from codetr_d2.layers import MultiScaleDeformableAttention, deformable_attention
 from codetr_d2.queries import TwoStageProposals, gather_tokens
 from codetr_d2.structures import DecoderOutput, EncoderProposals, FeaturePyramid, QueryGroup
@@ -136,6 +138,11 @@ def without_chosen_boxes(cfg: CfgNode) -> None:
     _patch(TwoStageProposals, "box_logits", box_logits)
 
 
+def without_roi_align(cfg: CfgNode) -> None:
+    """torchvision's ROIAlign."""
+    _patch(roi, "roi_align", torchvision.ops.roi_align)
+
+
 # Each takes one optimisation back, in this process, before the model is built; it may also change the config.
 OPTIMISATIONS: dict[str, Callable[[CfgNode], None]] = {
     "without-kept-memory": without_kept_memory,
@@ -145,6 +152,7 @@ OPTIMISATIONS: dict[str, Callable[[CfgNode], None]] = {
     "without-kept-geometry": without_kept_geometry,
     "without-scaled-weights": without_scaled_weights,
     "without-chosen-boxes": without_chosen_boxes,
+    "without-roi-align": without_roi_align,
     "without-fused-attention": without_fused_attention,
     "without-fused-optimizer": without_fused_optimizer,
 }

@@ -4,13 +4,14 @@ import math
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ROIAlign, ShapeSpec
 from detectron2.modeling import (
     PROPOSAL_GENERATOR_REGISTRY,
     ROI_HEADS_REGISTRY,
     build_proposal_generator,
     build_roi_heads,
 )
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.proposal_generator.proposal_utils import (
     add_ground_truth_to_proposals,
@@ -24,6 +25,7 @@ from ..assigners.max_iou import MaxIoUMatcher
 from ..distributed import reduce_mean
 from ..errors import InputError
 from ..layers import soft_nms
+from ..ops import roi_align
 from ..structures import FeaturePyramid, PositiveSamples
 from .anchors import valid_anchors
 from .auxiliary import AUX_HEAD_REGISTRY, AuxiliaryHead
@@ -124,6 +126,15 @@ class CoRPN(RPN):
             )
 
 
+class CoROIAlign(ROIAlign):
+    """detectron2's ROIAlign by the operator of this project, :func:`codetr_d2.ops.roi_align`."""
+
+    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
+        """See the base class."""
+        rois = rois.to(input.dtype)
+        return roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
+
+
 @ROI_HEADS_REGISTRY.register()
 class CoROIHeads(StandardROIHeads):
     """detectron2's ROI heads as Co-DETR was published with them. They differ in these rules:
@@ -147,6 +158,13 @@ class CoROIHeads(StandardROIHeads):
         super().__init__(**kwargs, proposal_append_gt=False)
         self.proposal_prepend_gt = proposal_prepend_gt
         self.soft_nms = soft_nms
+        # torchvision's operator would copy the maps, which lie channels last, and its CPU backward is slow.
+        for pooler in [x for x in self.modules() if isinstance(x, ROIPooler)]:
+            for level, x in enumerate(pooler.level_poolers):
+                if type(x) is ROIAlign:
+                    pooler.level_poolers[level] = CoROIAlign(
+                        x.output_size, x.spatial_scale, x.sampling_ratio, x.aligned
+                    )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:

@@ -1,7 +1,8 @@
-"""Deformable attention: the operator ``torch.ops.codetr_d2.ms_deform_attn`` and its backends; memory on the CPU."""
+"""Deformable attention, the operator ``torch.ops.codetr_d2.ms_deform_attn`` and its backends; ROIAlign; CPU memory."""
 
 from .cpu_memory import keep_freed_memory
 from .eager import ms_deform_attn_eager
 from .ms_deform_attn import active_backend, ms_deform_attn, set_backend
+from .roi_align import roi_align
 
-__all__ = ["active_backend", "keep_freed_memory", "ms_deform_attn", "ms_deform_attn_eager", "set_backend"]
+__all__ = ["active_backend", "keep_freed_memory", "ms_deform_attn", "ms_deform_attn_eager", "roi_align", "set_backend"]

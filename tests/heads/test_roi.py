@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_anchor_generator, build_proposal_generator, build_roi_heads
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
@@ -15,6 +16,8 @@ from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from codetr_d2.errors import InputError
 from codetr_d2.heads import CoROIHeads, CoRPN, ROIHead, build_auxiliary_head
+from codetr_d2.heads import roi as roi_module
+from codetr_d2.ops import roi_align
 
 DATA = Path(__file__).parents[1] / "reference" / "data"
 NAMES = ["p3", "p4", "p5", "p6", "p7"]
@@ -205,6 +208,7 @@ def test_detections_equal_detectron2(d2_cfg, shapes, make_pyramid):
     theirs = build_roi_heads(d2_cfg, shapes).eval()
     assert isinstance(ours, CoROIHeads) and not isinstance(theirs, CoROIHeads)
     theirs.load_state_dict(ours.state_dict())
+    theirs.box_pooler = ours.box_pooler  # the last bits of its results may differ
     proposals, _ = build_proposal_generator(d2_cfg, shapes).eval()(images, features)
     with torch.no_grad():
         for x, y in zip(ours(images, features, proposals)[0], theirs(images, features, proposals)[0]):
@@ -392,6 +396,29 @@ def add_rectangles(targets):
     boxes = targets.gt_boxes.tensor.tolist()
     targets.gt_masks = PolygonMasks([[[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in boxes])
     return targets
+
+
+def test_roi_align_reads_the_maps_as_they_lie(cfg, input_shapes, make_pyramid, make_targets, storage, monkeypatch):
+    """Box and mask heads call our operator, with views of the tokens, and pool what detectron2's poolers do."""
+    layouts = set()
+
+    def recorded(maps, *args):
+        layouts.add((args[1], maps.stride(1)))
+        return roi_align(maps, *args)
+
+    monkeypatch.setattr(roi_module, "roi_align", recorded)
+    cfg.MODEL.MASK_ON = True
+    head = build_auxiliary_head("roi", cfg, input_shapes)
+    pyramid = make_pyramid([(96, 128)])
+    head(pyramid, [add_rectangles(make_targets((96, 128), [[10, 10, 60, 70]], [2]))])
+    poolers = {pooler.output_size: pooler for pooler in (head.roi_heads.box_pooler, head.roi_heads.mask_pooler)}
+    assert layouts == {(size, 1) for size in poolers}
+    boxes = [Boxes(torch.tensor([[10.0, 10, 60, 70], [0, 0, 128, 96]]))]
+    for size, pooler in poolers.items():
+        scales = [x.spatial_scale for x in pooler.level_poolers]
+        plain = ROIPooler(size, scales, 0, "ROIAlignV2")
+        maps = pyramid.maps()[:-1]
+        torch.testing.assert_close(pooler(maps, boxes), plain(maps, boxes))
 
 
 def test_masks_of_the_published_size(cfg, input_shapes):

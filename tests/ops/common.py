@@ -1,4 +1,4 @@
-"""What the tests of the operator's backends share: inputs, and processes with a setting of their own."""
+"""What the tests of the operators share: inputs, and processes with a setting of their own."""
 
 import os
 import shutil
@@ -6,11 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import codetr_d2
 
 PACKAGE = Path(codetr_d2.__file__).parent
+HAS_LIBRARY = any(PACKAGE.glob("_C.*"))
+HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+# Where there is a compiler, a library that was not built is a failure, not a reason to skip.
+needs_cpp = pytest.mark.skipif(not HAS_LIBRARY and not HAS_COMPILER, reason="no C++ compiler, so no C++ library")
 
 
 def make_inputs(shapes, batch=2, queries=7, heads=3, head_dim=8, points=4, dtype=torch.float32, seed=0):

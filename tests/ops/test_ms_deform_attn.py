@@ -3,8 +3,6 @@
 import functools
 import importlib
 import math
-import os
-import shutil
 import sys
 import warnings
 from types import SimpleNamespace
@@ -14,12 +12,8 @@ import torch
 
 from codetr_d2.errors import InputError
 from codetr_d2.ops import active_backend, ms_deform_attn, ms_deform_attn_eager, set_backend
-from tests.ops.common import PACKAGE, make_inputs, run, run_copy
+from tests.ops.common import make_inputs, needs_cpp, run, run_copy
 
-HAS_LIBRARY = any(PACKAGE.glob("_C.*"))
-HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
-# Where there is a compiler, a library that was not built is a failure, not a reason to skip.
-needs_cpp = pytest.mark.skipif(not HAS_LIBRARY and not HAS_COMPILER, reason="no C++ compiler, so no C++ library")
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "eager"]
 OP = torch.ops.codetr_d2.ms_deform_attn
 

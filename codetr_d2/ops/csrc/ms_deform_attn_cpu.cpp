@@ -16,7 +16,6 @@
 // of them runs is decided when called. Nothing is compiled for the building machine alone.
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -35,38 +34,13 @@
 #include <utility>
 #include <vector>
 
-#if !defined(__GNUC__)
-#error "this file needs the vector extensions of GCC or Clang"
-#endif
-#if defined(__x86_64__)
-#define CODETR_X86 1
-#endif
-
-#define ALWAYS_INLINE inline __attribute__((always_inline))
+#include "instruction_sets.h"
 
 namespace {
 
 using at::Tensor;
 
 // ---------------------------------------------------------------- vectors
-
-// N numbers of type A, without any demand on alignment: they are loaded and stored with memcpy.
-template <typename A, int N>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(N * sizeof(A))));
-};
-template <typename A, int N>
-using Vector = typename VectorOf<A, N>::type;
-
-template <typename A, int N>
-ALWAYS_INLINE void load(Vector<A, N>& v, const A* p) {
-  __builtin_memcpy(&v, p, sizeof(v));
-}
-
-template <typename A, int N>
-ALWAYS_INLINE void store(A* p, const Vector<A, N>& v) {
-  __builtin_memcpy(p, &v, sizeof(v));
-}
 
 template <typename A, int N>
 ALWAYS_INLINE A sum(const Vector<A, N>& v) {
@@ -211,24 +185,6 @@ struct Channels {
     result = ((bits + 0x7fffu + ((bits >> 16) & 1u)) & ~nan) | (nan & 0x7fc00000u);
   }
 };
-
-// Call f(C, c), C a type that holds the number of channels, for the blocks of channels that make up all D.
-template <typename F>
-ALWAYS_INLINE void for_channels(int64_t D, F f) {
-  int64_t c = 0;
-  for (; c + 64 <= D; c += 64) {
-    f(std::integral_constant<int, 64>(), c);
-  }
-  for (; c + 32 <= D; c += 32) {
-    f(std::integral_constant<int, 32>(), c);
-  }
-  for (; c + 8 <= D; c += 8) {
-    f(std::integral_constant<int, 8>(), c);
-  }
-  for (; c < D; c++) {
-    f(std::integral_constant<int, 1>(), c);
-  }
-}
 
 // ---------------------------------------------------------------- the problem
 
@@ -849,35 +805,11 @@ using Round = void (*)(const A*, T*, int64_t, int64_t, int64_t);
     round_rows<VECTOR_BYTES>(sums, target, tokens, D, stride);                                                       \
   }
 
-KERNELS(baseline, 16, )
-#ifdef CODETR_X86
-KERNELS(avx2, 32, __attribute__((target("avx2,fma"))))
-KERNELS(avx512, 64, __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))))
-#endif
-
-// "AVX512", "AVX2" or else. PyTorch's own choice, so that ATEN_CPU_CAPABILITY holds here too.
-std::string instruction_set() {
-#ifdef CODETR_X86
-  static const std::string name = at::get_cpu_capability();
-  if (name == "AVX512" || name == "AVX2") {
-    return name;
-  }
-#endif
-  return "baseline";
-}
+FOR_EACH_INSTRUCTION_SET(KERNELS)
 
 template <typename T, typename A>
 std::tuple<Forward<T, A>, Backward<T, A>, Round<T, A>> kernels() {
-#ifdef CODETR_X86
-  const std::string name = instruction_set();
-  if (name == "AVX512") {
-    return {forward_avx512<T, A>, backward_avx512<T, A>, round_avx512<T, A>};
-  }
-  if (name == "AVX2") {
-    return {forward_avx2<T, A>, backward_avx2<T, A>, round_avx2<T, A>};
-  }
-#endif
-  return {forward_baseline<T, A>, backward_baseline<T, A>, round_baseline<T, A>};
+  return {CHOOSE_KERNEL(forward, T, A), CHOOSE_KERNEL(backward, T, A), CHOOSE_KERNEL(round, T, A)};
 }
 
 // ---------------------------------------------------------------- checks and set-up
