@@ -474,3 +474,10 @@ def test_the_loop_times_all_of_an_iteration(script, tmp_path, capsys, monkeypatc
     assert whole < seconds and report["outside_share"] == pytest.approx(1 - inside / whole)
     assert "all but forward and backward" in capsys.readouterr().out
     assert torch.Tensor.backward.__module__ == "torch._tensor"  # as it was
+
+
+def test_the_tables_of_the_page_are_those_of_the_files(tool):
+    tables = tool("benchmark_tables")
+    page = tables.PAGE.read_text()
+    assert page.count("<!-- table ") == page.count("<!-- end -->") == len(tables.TABLES)
+    assert tables.with_tables(page) == page, "run python tools/benchmark_tables.py"

@@ -1,0 +1,227 @@
+#!/usr/bin/env python
+"""Write the tables of docs/performance.md from the JSON files of docs/performance, which tools/benchmark.py makes.
+
+python tools/benchmark_tables.py
+
+A table stands between two comments, `<!-- table NAME -->` and `<!-- end -->`; what is around them is written by hand.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+from benchmark_against import OPTIMISATIONS
+from benchmark_machine import GIB
+from benchmark_report import spread
+from tabulate import tabulate
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE, FOLDER = DOCS / "performance.md", DOCS / "performance"
+MIB = 2**20
+LEAST_SHARE = 0.005  # of the time, for a part to have a row
+
+
+def main() -> None:
+    PAGE.write_text(with_tables(PAGE.read_text()))
+
+
+def with_tables(page: str) -> str:
+    """The page with its tables made anew."""
+    block = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return block.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", page)
+
+
+def read(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def table(rows: list[dict]) -> str:
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def memory(measured: dict) -> str:
+    return f"{measured['peak_bytes'] / GIB:.2f} GiB"
+
+
+def ratios(result: dict) -> tuple[float, float]:
+    """Time and memory of the second side, as multiples of the first."""
+    first, second = result["sides"].values()
+    return second["median"] / first["median"], second["peak_bytes"] / first["peak_bytes"]
+
+
+def machine() -> str:
+    report = read("parts_float32")
+    machine, peaks = report["machine"], report["peaks"]
+    return (
+        f"{machine['cores']} cores of an x86-64 server processor with {' and '.join(machine['cpu_features'])}, "
+        f"{machine['threads']} threads, {machine['memory_gib']} GiB of\nmemory, torch {machine['torch']}, no GPU. The "
+        f"peaks of this machine, measured with the roofline: {peaks['float32'] / 1e9:.0f} GFLOP/s in float32, "
+        f"{peaks['bfloat16'] / 1e9:.0f}\nGFLOP/s in bfloat16, {peaks['copy'] / 1e9:.0f} GB/s of copied memory."
+    )
+
+
+def operator() -> str:
+    rows = []
+    for name in ("op_eager", "op_package", "op_bfloat16", "op_float64"):
+        for result in read(name)["results"]:
+            for kind, measured in result["passes"].items():
+                (_, ours), (other, theirs) = measured["seconds"].items()
+                extra = measured["extra_bytes"].values()
+                rows.append(
+                    {
+                        "dtype": result["dtype"],
+                        "size": f"{result['size']}, {result['tokens']} tokens",
+                        "pass": kind,
+                        "ours": spread(ours)[0],
+                        "other": f"{other}: {spread(theirs)[0]}",
+                        "other / ours": f"**{statistics.median(theirs) / statistics.median(ours):.1f}**",
+                        "extra memory: ours, other": ", ".join(f"{x / MIB:.0f}" for x in extra) + " MiB",
+                    }
+                )
+    return table(rows)
+
+
+def inference() -> str:
+    rows = []
+    for name in ("float32", "bfloat16"):
+        [result] = read(f"inference_{name}")["results"]
+        row = {"dtype": name}
+        for side, measured in result["sides"].items():
+            middle, ends = spread(measured["seconds"])
+            row[side] = f"{middle} ({ends})"
+        row["hf / ours"] = f"**{ratios(result)[0]:.2f}**"
+        row["memory: ours, hf"] = ", ".join(memory(x) for x in result["sides"].values())
+        rows.append(row)
+    return table(rows)
+
+
+def train() -> str:
+    [result] = read("train")["results"]
+    rows = []
+    for side, measured in result["sides"].items():
+        middle, ends = spread(measured["seconds"])
+        rows.append({"side": side, "median": middle, "fastest to slowest": ends, "peak memory": memory(measured)})
+    time, peak = ratios(result)
+    rows.append({"side": "ratio", "median": f"**{time:.2f}**", "peak memory": f"**{peak:.2f}**"})
+    return table(rows)
+
+
+def auxiliary_heads() -> str:
+    sides = {result["value"]: result["sides"]["ours"] for result in read("auxiliary_heads")["results"]}
+    rows = [{"K": k, "median": spread(x["seconds"])[0], "peak memory": memory(x)} for k, x in sides.items()]
+    time, peak = (sides[2][key] / sides[0][key] for key in ("median", "peak_bytes"))
+    return table([*rows, {"K": "ratio", "median": f"**{time:.2f}**", "peak memory": f"**{peak:.2f}**"}])
+
+
+def optimisations() -> str:
+    rows = []
+    for name in OPTIMISATIONS:
+        row = {"without": f"`{name.removeprefix('without-')}`"}
+        for command, title in (("inference", "inference"), ("train", "training step")):
+            time = peak = "-"
+            if (FOLDER / f"{command}_{name.replace('-', '_', 1)}.json").exists():
+                [result] = read(f"{command}_{name.replace('-', '_', 1)}")["results"]
+                time, peak = (f"{ratio:.2f}" for ratio in ratios(result))
+            row[f"{title}: time"], row[f"{title}: memory"] = time, peak
+        rows.append(row)
+    return table(rows)
+
+
+def memory_of_training() -> str:
+    rows = []
+    for name, what in (("memory", "off"), ("memory_checkpointing", "on, for transformer and backbone")):
+        [result] = read(name)["results"]
+        ours = result["sides"]["ours"]
+        time = spread(ours["seconds"])[0]
+        rows.append({"activation checkpointing": what, "time": time, "peak memory": f"**{memory(ours)}**"})
+    return table(rows)
+
+
+def sweep(name: str, title: str) -> str:
+    rows = []
+    for result in read(name)["results"]:
+        row = {title: result["value"]}
+        for side, measured in result["sides"].items():
+            row[f"{side}: time"], row[f"{side}: memory"] = spread(measured["seconds"])[0], memory(measured)
+        rows.append(row)
+    return table(rows)
+
+
+def loader() -> str:
+    rows = []
+    for name, recipe in (
+        ("loader_detr", "DETR augmentation, up to 800x1333"),
+        ("loader_jitter", "large-scale jitter with copy-paste, 1024x1024"),
+    ):
+        alone, together = read(name)["mapper"], read(name)["loader"]
+        rows.append(
+            {
+                "recipe": recipe,
+                "mapper alone, one process": f"{alone['images_per_second']:.0f} images/s",
+                "loader": f"{together['images_per_second']:.0f} images/s, {together['workers']} processes",
+            }
+        )
+    return table(rows)
+
+
+def loop() -> str:
+    report = read("loop")
+    iterations = report["iterations"]
+    whole = sum(sum(x.values()) for x in iterations)
+    rows = [
+        {
+            "part": part,
+            "median": f"{1000 * statistics.median(x[part] for x in iterations):.1f} ms",
+            "share of all time": f"{sum(x[part] for x in iterations) / whole:.1%}",
+        }
+        for part in sorted(iterations[0], key=lambda part: -sum(x[part] for x in iterations))
+    ]
+    return table(
+        [*rows, {"part": "all but forward and backward", "share of all time": f"**{report['outside_share']:.1%}**"}]
+    )
+
+
+def parts(name: str) -> str:
+    report = read(name)
+    rows = []
+    for part, x in sorted(report["parts"].items(), key=lambda item: -item[1]["seconds"]):
+        share = x["seconds"] / sum(other["seconds"] for other in report["parts"].values())
+        if share >= LEAST_SHARE:
+            rows.append(
+                {
+                    "part": part,
+                    "ms": f"{1000 * x['seconds']:.0f}",
+                    "share of time": f"{share:.0%}",
+                    "GFLOP": f"{x['flops'] / 1e9:.1f}",
+                    "GB": f"{x['bytes'] / 1e9:.2f}",
+                    "of peak FLOP/s": f"{x['share_of_peak_flops']:.0%}",
+                    "of peak bandwidth": f"{x['share_of_peak_bandwidth']:.0%}",
+                }
+            )
+    return table(rows)
+
+
+TABLES = {
+    "machine": machine,
+    "operator": operator,
+    "inference": inference,
+    "train": train,
+    "auxiliary_heads": auxiliary_heads,
+    "optimisations": optimisations,
+    "memory": memory_of_training,
+    "size": lambda: sweep("size", "side, pixels"),
+    "queries": lambda: sweep("queries", "queries"),
+    "batch": lambda: sweep("batch", "images"),
+    "objects": lambda: sweep("objects", "objects"),
+    "k": lambda: sweep("k", "K"),
+    "loader": loader,
+    "loop": loop,
+    "parts_float32": lambda: parts("parts_float32"),
+    "parts_bfloat16": lambda: parts("parts_bfloat16"),
+    "parts_train": lambda: parts("parts_train"),
+}
+
+
+if __name__ == "__main__":
+    main()
