@@ -12,7 +12,6 @@ def keep_freed_memory() -> None:
 
     By default large tensors are new memory of the system's, which zeroes it at the first touch. What is kept makes the
     process larger by at most a quarter of what its tensors needed at once at the worst moment, and 384 MiB at most.
-    Kept memory is of huge pages, where the system has them.
     Without the compiled library it does nothing.
     """
     if library_is_loaded():

@@ -40,7 +40,7 @@ del x, y
 z = tensor(8)                                # neighbours are joined again
 assert z.data_ptr() == address and statistics() == [0, 28, 28]
 assert z[::4096].eq(1).all() and held[::4096].eq(1).all()
-odd = tensor(1.5)                            # fresh memory is whole huge pages
+odd = tensor(1.5)                            # fresh memory comes in multiples of 2 MiB
 assert statistics() == [0.5, 29.5, 29.5]
 small = tensor(0.5)                          # left to the C library
 assert statistics() == [0.5, 29.5, 29.5]

@@ -4,8 +4,7 @@
 // it: a third of the time of a training step. Here large tensors are ranges of a few large regions. The memory of a
 // freed range is kept, and joined with that of its neighbours; the next tensor gets the smallest kept range that holds
 // it, or else fresh memory. Kept memory is handed back before the process would grow past what its tensors needed at
-// once at the worst moment so far, and a quarter (at most 384 MiB). Regions consist of huge pages where the system has
-// them: fresh memory costs one fault for 2 MiB, not 512.
+// once at the worst moment so far, and a quarter (at most 384 MiB).
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -28,7 +27,7 @@ namespace {
 
 constexpr size_t kMinBytes = 1 << 20;  // what is smaller is the C library's
 constexpr size_t kPage = 1 << 16;  // ranges are multiples of it: a multiple of every system's page
-constexpr size_t kHugePage = 1 << 21;  // fresh memory is taken and handed back in multiples of it
+constexpr size_t kHugePage = 1 << 21;  // what is fresh, or handed back, is a multiple of it: systems may use such pages
 constexpr size_t kRegionBytes = 1 << 30;
 constexpr size_t kBoundShare = 4;  // all memory may exceed the worst moment by 1/4,
 constexpr size_t kBoundBytes = 3 << 27;  // but by no more than this
@@ -187,9 +186,6 @@ class KeepingAllocator final : public c10::Allocator {
         return nullptr;
       }
       char* begin = round_up((char*)mapped, kHugePage);
-#ifdef MADV_HUGEPAGE
-      madvise(begin, region, MADV_HUGEPAGE);
-#endif
       fresh_.add(begin, region);
       data = fresh_.take(bytes);
     }
