@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the tables of docs/performance.md from the JSON files of docs/performance, which tools/benchmark.py makes.
+"""Write the tables of docs/performance.md and the README from docs/performance/*.json, which tools/benchmark.py makes.
 
 python tools/benchmark_tables.py
 
@@ -16,14 +16,15 @@ from benchmark_machine import GIB
 from benchmark_report import spread
 from tabulate import tabulate
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGE, FOLDER = DOCS / "performance.md", DOCS / "performance"
+ROOT = Path(__file__).resolve().parent.parent
+PAGES, FOLDER = (ROOT / "docs" / "performance.md", ROOT / "README.md"), ROOT / "docs" / "performance"
 MIB = 2**20
 LEAST_SHARE = 0.005  # of the time, for a part to have a row
 
 
 def main() -> None:
-    PAGE.write_text(with_tables(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
 
 
 def with_tables(page: str) -> str:
@@ -59,6 +60,38 @@ def machine() -> str:
         f"peaks of this machine, measured with the roofline: {peaks['float32'] / 1e9:.0f} GFLOP/s in float32, "
         f"{peaks['bfloat16'] / 1e9:.0f}\nGFLOP/s in bfloat16, {peaks['copy'] / 1e9:.0f} GB/s of copied memory."
     )
+
+
+def speed() -> str:
+    """The README's."""
+    rows = []
+
+    def add(what: str, ours: str, other: str, ratio: str) -> None:
+        rows.append({"": what, "this project": ours, "beside it": other, "ratio": ratio})
+
+    for name, what in (
+        ("inference_float32", "inference, Co-Deformable-DETR R50, 800x1333, float32"),
+        ("inference_bfloat16", "the same in bfloat16 (`MODEL.CODETR.INFERENCE_DTYPE`)"),
+    ):
+        [result] = read(name)["results"]
+        ours, theirs = (spread(x["seconds"])[0] for x in result["sides"].values())
+        add(what, ours, f"{theirs}, transformers' Deformable DETR R50", f"{ratios(result)[0]:.1f}")
+    [result] = read("train")["results"]
+    ours, theirs = (f"{spread(x['seconds'])[0]}, {memory(x)}" for x in result["sides"].values())
+    plain = "the same model in plain PyTorch with one decoder pass for each head"
+    add("training step, Co-DINO R50 with five scales, 480x640", ours, f"{theirs}: {plain}", f"{ratios(result)[0]:.1f}")
+    medians = {}
+    for name in ("op_eager", "op_package"):
+        seconds = read(name)["results"][-1]["passes"]["forward + backward"]["seconds"]
+        medians[name] = [statistics.median(x) for x in seconds.values()]
+    (ours, eager), (ours_again, package) = medians.values()
+    add(
+        "deformable attention, forward and backward, five scales, 800x1333",
+        f"{ours:.2f} s",
+        f"{package:.2f} s, `torch-ms-deform-attn`; {eager:.1f} s, plain PyTorch",
+        f"{package / ours_again:.1f}; {eager / ours:.1f}",
+    )
+    return table(rows)
 
 
 def operator() -> str:
@@ -166,20 +199,22 @@ def loader() -> str:
 
 
 def loop() -> str:
-    report = read("loop")
-    iterations = report["iterations"]
-    whole = sum(sum(x.values()) for x in iterations)
-    rows = [
-        {
-            "part": part,
-            "median": f"{1000 * statistics.median(x[part] for x in iterations):.1f} ms",
-            "share of all time": f"{sum(x[part] for x in iterations) / whole:.1%}",
-        }
-        for part in sorted(iterations[0], key=lambda part: -sum(x[part] for x in iterations))
-    ]
-    return table(
-        [*rows, {"part": "all but forward and backward", "share of all time": f"**{report['outside_share']:.1%}**"}]
-    )
+    rows: dict[str, dict] = {}
+    for name, title in (("loop", "as it is"), ("loop_ema", "with a moving average")):
+        report = read(name)
+        iterations = report["iterations"]
+        totals = {part: sum(x[part] for x in iterations) for part in iterations[0]}
+        whole = sum(totals.values())
+        outside = report["outside_share"]
+        shares = {part: (total / whole, part) for part, total in totals.items()}
+        shares["all but forward and backward"] = outside, None
+        shares["the same without the optimizer's step"] = outside - totals["optimizer"] / whole, None
+        for row, (share, part) in shares.items():
+            cell = f"{share:.1%}"
+            if part:
+                cell = f"{1000 * statistics.median(x[part] for x in iterations):.1f} ms, {cell}"
+            rows.setdefault(row, {"part": row})[title] = cell
+    return table(list(rows.values()))
 
 
 def parts(name: str) -> str:
@@ -203,6 +238,7 @@ def parts(name: str) -> str:
 
 
 TABLES = {
+    "speed": speed,
     "machine": machine,
     "operator": operator,
     "inference": inference,

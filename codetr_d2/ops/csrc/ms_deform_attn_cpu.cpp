@@ -438,9 +438,12 @@ ALWAYS_INLINE void read_points(
 template <int VECTOR_BYTES, typename A>
 ALWAYS_INLINE void place_points(const Level& level, const Window& window, int64_t count, Points<A>& points) {
   constexpr int N = VECTOR_BYTES / sizeof(A);
+  // Whole numbers of the size of A, or the loop does not vectorise.
+  using Int = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  using Unsigned = std::make_unsigned_t<Int>;
   const A width = level.width, height = level.height;
-  const int32_t pitch = pitch_of(window);
-  const uint32_t columns = std::max(window.width - 1, 0), rows = std::max(window.height - 1, 0);
+  const Int pitch = pitch_of(window), left = window.x0, top = window.y0;
+  const Unsigned columns = std::max(window.width - 1, 0), rows = std::max(window.height - 1, 0);
   Points<A>& __restrict t = points;
   // Whole vectors: what follows the last point is computed, and not used.
   for (int64_t begin = 0; begin < count; begin += N) {
@@ -453,12 +456,12 @@ ALWAYS_INLINE void place_points(const Level& level, const Window& window, int64_
       y = y > A(-2) ? y : A(-2);
       x = x < width ? x : width;
       y = y < height ? y : height;
-      int32_t x0 = (int32_t)x, y0 = (int32_t)y;  // rounds towards zero
+      Int x0 = (Int)x, y0 = (Int)y;  // rounds towards zero
       x0 -= x < (A)x0;
       y0 -= y < (A)y0;
       const A right = x - (A)x0, lower = y - (A)y0;
-      const int32_t u = x0 - window.x0, v = y0 - window.y0;
-      const int32_t out = -(int32_t)((uint32_t)u >= columns) | -(int32_t)((uint32_t)v >= rows);
+      const Int u = x0 - left, v = y0 - top;
+      const Int out = -(Int)((Unsigned)u >= columns) | -(Int)((Unsigned)v >= rows);
       t.row[i] = (v * pitch + u) | out;
       t.x0[i] = x0;
       t.y0[i] = y0;
