@@ -127,6 +127,20 @@ def without_scaled_weights(cfg: CfgNode) -> None:
     _patch(MultiScaleDeformableAttention, "offsets_from_points", offsets)
 
 
+def without_rows_of_points(cfg: CfgNode) -> None:
+    """Sampling offsets added to the reference points, or scaled by the boxes, pair by pair."""
+
+    def locations(attention: nn.Module, reference_points: Tensor, offsets: Tensor) -> Tensor:
+        heads, levels, points = attention.num_heads, attention.num_levels, attention.num_points
+        offsets = offsets.unflatten(2, (heads, levels, points, 2))
+        reference_points = reference_points[:, :, None, :, None]
+        if reference_points.shape[-1] == 4:
+            offsets = offsets * (reference_points[..., 2:] * (0.5 / points))
+        return reference_points[..., :2] + offsets
+
+    _patch(MultiScaleDeformableAttention, "sampling_locations", locations)
+
+
 def without_chosen_boxes(cfg: CfgNode) -> None:
     """The encoder's boxes at every token, of which the best are taken."""
     of_all = TwoStageProposals.box_logits
@@ -151,6 +165,7 @@ OPTIMISATIONS: dict[str, Callable[[CfgNode], None]] = {
     "without-cached-feed-forward": without_cached_feed_forward,
     "without-kept-geometry": without_kept_geometry,
     "without-scaled-weights": without_scaled_weights,
+    "without-rows-of-points": without_rows_of_points,
     "without-chosen-boxes": without_chosen_boxes,
     "without-roi-align": without_roi_align,
     "without-fused-attention": without_fused_attention,

@@ -96,14 +96,12 @@ class MultiScaleDeformableAttention(nn.Module):
 
         # Locations and softmax at full precision, whatever autocast makes of the linear layers.
         dtype = torch.promote_types(value.dtype, torch.float32)
-        weights = self.attention_weights(query).to(dtype).view(*points[:3], -1).softmax(-1).view(points)
-        reference_points = reference_points.to(dtype)[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
+        weights = self.attention_weights(query).to(dtype).unflatten(2, (self.num_heads, -1)).softmax(-1).view(points)
         if reference_points.shape[-1] == 2:
-            offsets = self.offsets_from_points(query, spatial_shapes).to(dtype).view(*points, 2)
+            offsets = self.offsets_from_points(query, spatial_shapes)
         else:
-            scale = reference_points[..., 2:] * (0.5 / self.num_points)
-            offsets = self.sampling_offsets(query).to(dtype).view(*points, 2) * scale
-        locations = reference_points[..., :2] + offsets  # [B, Q, H, L, P, 2]
+            offsets = self.sampling_offsets(query)
+        locations = self.sampling_locations(reference_points.to(dtype), offsets.to(dtype)).view(*points, 2)
 
         output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
         return self.output_proj(output)
@@ -117,6 +115,18 @@ class MultiScaleDeformableAttention(nn.Module):
         scale = 1 / spatial_shapes.flip(1).to(linear.weight.dtype)  # [L, 2] (1 / width, 1 / height)
         scale = scale[:, None].expand(self.num_heads, -1, self.num_points, -1).flatten()
         return F.linear(query, linear.weight * scale[:, None], linear.bias * scale)
+
+    def sampling_locations(self, reference_points: Tensor, offsets: Tensor) -> Tensor:
+        """[B, Q, L, 2 or 4] reference points or boxes and [B, Q, H * L * P * 2] offsets -> [B, Q, H, L * P * 2].
+
+        The points of a query are written out as a row, as long as that of one head's offsets: adding pairs (x, y),
+        one after the other, would take ten times as long.
+        """
+        offsets = offsets.unflatten(2, (self.num_heads, -1))
+        reference_points = reference_points.unsqueeze(3).expand(-1, -1, -1, self.num_points, -1)
+        if reference_points.shape[-1] == 4:
+            offsets = offsets * (reference_points[..., 2:] * (0.5 / self.num_points)).flatten(2).unsqueeze(2)
+        return reference_points[..., :2].flatten(2).unsqueeze(2) + offsets
 
     def _check(self, query, value, reference_points, spatial_shapes, level_start_index, padding_mask) -> None:
         levels = self.num_levels

@@ -88,6 +88,12 @@ def test_parameters_and_their_initial_values():
         assert 0.95 * bound < projection.weight.abs().max() <= bound
 
 
+@pytest.mark.parametrize("reference_size", [2, 4])
+def test_no_queries(reference_size):
+    module, query, value, reference, shapes, starts, mask = make_case(reference_size, queries=0)
+    assert module(query, value, reference, shapes, starts, mask).shape == (2, 0, 24)
+
+
 def test_padded_values_don_t_matter():
     module, query, value, reference, shapes, starts, mask = make_case()
     other = torch.where(mask[..., None], torch.randn_like(value) * 100, value)
