@@ -58,6 +58,11 @@ def separate_passes(cfg: CfgNode) -> None:
     _patch(DeformableDecoder, "forward", forward)
 
 
+def no_auxiliary_heads(cfg: CfgNode) -> None:
+    """K = 0: the plain detector."""
+    cfg.MODEL.CODETR.AUX_HEADS = []
+
+
 def package_operator() -> Callable[..., Tensor]:
     """The operator of PyPI's torch-ms-deform-attn, whose tensors must have one dtype.
 
@@ -183,6 +188,7 @@ def eager(cfg: CfgNode) -> None:
 TAKE_BACK = {
     "eager": eager,
     "separate-passes": separate_passes,
+    "no-auxiliary-heads": no_auxiliary_heads,
     PACKAGE: with_package_operator,
     **OPTIMISATIONS,
 }

@@ -348,6 +348,8 @@ def check_against(text: str, training: bool) -> list[str]:
         transformers_or_error()
     if "separate-passes" in parts and not training:
         raise InputError("--against separate-passes: inference has one group of queries; take the command train")
+    if "no-auxiliary-heads" in parts and not training:
+        raise InputError("--against no-auxiliary-heads: inference has none; take the command train")
     return parts
 
 

@@ -146,6 +146,14 @@ def test_separate_passes_give_the_same_losses(tool):
     assert calls == [["", "_dn"], ["_aux_roi"], ["_aux_atss"]]
 
 
+def test_no_auxiliary_heads(tool):
+    model, against = tool("benchmark_model"), tool("benchmark_against")
+    case = make_case(tool, ["MODEL.CODETR.AUX_HEADS", "['roi', 'atss']"])
+    assert list(model.build_side(case, []).auxiliary_heads) == ["roi", "atss"]
+    against.take_back(["no-auxiliary-heads"], case.cfg)
+    assert not model.build_side(case, []).auxiliary_heads
+
+
 def test_without_an_optimisation_the_losses_are_the_same(tool):
     """Of a Co-DINO with ResNet-50, by each name alone and by all of them together with the eager operator."""
     model, against = tool("benchmark_model"), tool("benchmark_against")
@@ -251,6 +259,7 @@ def test_random_objects(tool, mask_format):
         ("inference", ["--against", "fast"], "--against fast"),
         ("inference", ["--against", "hf+eager"], "joined with nothing else"),
         ("inference", ["--against", "separate-passes"], "one group of queries"),
+        ("inference", ["--against", "no-auxiliary-heads"], "inference has none"),
         ("inference", ["--sweep", "k=0,1"], "only training"),
         ("inference", ["--sweep", "colour=1"], "size, queries"),
         ("inference", ["--sweep", "size=a"], "size, queries"),
