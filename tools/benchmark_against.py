@@ -97,7 +97,7 @@ def without_kept_memory(cfg: CfgNode) -> None:
 
 
 def without_folded_batch_norm(cfg: CfgNode) -> None:
-    """Frozen batch norm after the convolution."""
+    """Frozen batch norm after the convolution; filters in training have it there anyway."""
     _patch(meta_arch, "fold_frozen_batch_norm", lambda module: None)
 
 

@@ -159,7 +159,9 @@ def optimisations() -> str:
             time = peak = "-"
             if (FOLDER / f"{command}_{name.replace('-', '_', 1)}.json").exists():
                 [result] = read(f"{command}_{name.replace('-', '_', 1)}")["results"]
-                time, peak = (f"{ratio:.2f}" for ratio in ratios(result))
+                ours, theirs = (side["seconds"] for side in result["sides"].values())
+                low, middle, high = statistics.quantiles((y / x for x, y in zip(ours, theirs)), method="inclusive")
+                time, peak = f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{ratios(result)[1]:.2f}"
             row[f"{title}: time"], row[f"{title}: memory"] = time, peak
         rows.append(row)
     [result] = read("train_without_fused-optimizer")["results"]

@@ -1,5 +1,6 @@
 """Frozen batch norm as a part of the convolution before it."""
 
+import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
@@ -12,10 +13,13 @@ class _FoldedConv2d(Conv2d):
 
     A frozen batch norm scales and shifts each output channel by constants, which the filters and the bias can do: that
     saves two passes over the feature map. Parameters, buffers and their names stay as they are, and the filters are
-    scaled anew at each call, so that training and loading weights need no further care.
+    scaled anew at each call, so that loading weights needs no further care. Filters that are being trained are left
+    alone: scaling them, and their gradients, costs what the passes over the feature map save.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return super().forward(x)
         norm = self.norm
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * scale
