@@ -90,9 +90,10 @@ class FeaturePyramid:
         return torch.cat(centres, dim=1)
 
     def maps(self) -> list[Tensor]:
-        """The levels as maps, each [B, C, height, width]."""
+        """The levels as maps, each [B, C, height, width], in channels-last layout."""
         levels = self.tokens.split([h * w for h, w in self.shapes], dim=1)
-        return [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(levels, self.shapes)]
+        # In this order the strides are those of channels last for a single image too, and convolutions take it as such.
+        return [x.unflatten(1, shape).permute(0, 3, 1, 2) for x, shape in zip(levels, self.shapes)]
 
 
 def once_for_each_geometry(method: Callable[[nn.Module, FeaturePyramid], Any]) -> Callable:
