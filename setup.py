@@ -53,7 +53,10 @@ class OptionalBuildExtension(BuildExtension):
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: single-threaded there
 extension = CppExtension(
     "codetr_d2._C",
-    [f"codetr_d2/ops/csrc/{name}.cpp" for name in ("ms_deform_attn_cpu", "roi_align_cpu", "cpu_allocator")],
+    [
+        f"codetr_d2/ops/csrc/{name}.cpp"
+        for name in ("ms_deform_attn_cpu", "feed_forward_cpu", "roi_align_cpu", "cpu_allocator")
+    ],
     depends=["codetr_d2/ops/csrc/instruction_sets.h"],
     # No -march=native: the file holds the kernels of several instruction sets, and the build may move.
     extra_compile_args=["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", *openmp],

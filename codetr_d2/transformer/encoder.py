@@ -5,11 +5,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers import MultiScaleDeformableAttention
+from ..ops import feed_forward
 from ..structures import FeaturePyramid, once_for_each_geometry
 
 __all__ = ["DeformableEncoder", "DeformableEncoderLayer", "FeedForward"]
-
-CACHED_ROWS = 1024
 
 
 class FeedForward(nn.Module):
@@ -32,12 +31,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., embed_dim] -> [..., embed_dim]"""
-        rows = x.flatten(0, -2)  # of two dimensions, the layer's output is no view, and ReLU can work in place
-        if torch.is_grad_enabled() or x.device.type != "cpu":
-            return self.linear2(self.dropout(self.linear1(rows).relu_())).view_as(x)
-        # Part by part, so that the hidden features stay in the processor's cache.
-        parts = [self.linear2(self.linear1(part).relu_()) for part in rows.split(CACHED_ROWS)]
-        return torch.cat(parts).view_as(x)
+        dropout = self.dropout.p if self.training else 0.0
+        weights = (p for layer in (self.linear1, self.linear2) for p in (layer.weight, layer.bias))
+        return feed_forward(x, *weights, dropout)
 
 
 class DeformableEncoderLayer(nn.Module):
