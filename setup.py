@@ -55,7 +55,7 @@ extension = CppExtension(
     "codetr_d2._C",
     [
         f"codetr_d2/ops/csrc/{name}.cpp"
-        for name in ("ms_deform_attn_cpu", "feed_forward_cpu", "roi_align_cpu", "cpu_allocator")
+        for name in ("ms_deform_attn_cpu", "feed_forward_cpu", "roi_align_cpu", "nms_cpu", "cpu_allocator")
     ],
     depends=["codetr_d2/ops/csrc/instruction_sets.h"],
     # No -march=native: the file holds the kernels of several instruction sets, and the build may move.

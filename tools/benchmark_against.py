@@ -1,6 +1,7 @@
 """What the benchmark compares the model with: itself with optimisations taken back, or somebody else's model."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from unittest import mock
 
 import torch
@@ -102,12 +103,14 @@ def without_folded_batch_norm(cfg: CfgNode) -> None:
 
 
 def without_channels_last(cfg: CfgNode) -> None:
-    """Feature maps in PyTorch's usual layout."""
+    """Feature maps in PyTorch's usual layout, those of the auxiliary heads too."""
+    of_tokens = FeaturePyramid.maps
     _patch(meta_arch, "map_layout", lambda device: torch.contiguous_format)
+    _patch(FeaturePyramid, "maps", lambda pyramid: [x.contiguous() for x in of_tokens(pyramid)])
 
 
-def without_cached_feed_forward(cfg: CfgNode) -> None:
-    """The feed-forward network on all tokens at once, with a copy of its hidden features for ReLU."""
+def without_feed_forward(cfg: CfgNode) -> None:
+    """The feed-forward network by PyTorch's layers, with a copy of its hidden features for ReLU."""
 
     def forward(ffn: nn.Module, x: Tensor) -> Tensor:
         return ffn.linear2(ffn.dropout(ffn.linear1(x).relu()))
@@ -162,17 +165,23 @@ def without_roi_align(cfg: CfgNode) -> None:
     _patch(roi, "roi_align", torchvision.ops.roi_align)
 
 
+def without_fast_nms(cfg: CfgNode) -> None:
+    """torchvision's NMS."""
+    _patch(roi, "FastNMS", nullcontext)
+
+
 # Each takes one optimisation back, in this process, before the model is built; it may also change the config.
 OPTIMISATIONS: dict[str, Callable[[CfgNode], None]] = {
     "without-kept-memory": without_kept_memory,
     "without-folded-batch-norm": without_folded_batch_norm,
     "without-channels-last": without_channels_last,
-    "without-cached-feed-forward": without_cached_feed_forward,
+    "without-feed-forward": without_feed_forward,
     "without-kept-geometry": without_kept_geometry,
     "without-scaled-weights": without_scaled_weights,
     "without-rows-of-points": without_rows_of_points,
     "without-chosen-boxes": without_chosen_boxes,
     "without-roi-align": without_roi_align,
+    "without-fast-nms": without_fast_nms,
     "without-fused-attention": without_fused_attention,
     "without-fused-optimizer": without_fused_optimizer,
 }

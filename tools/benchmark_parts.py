@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from codetr_d2.errors import InputError
 from codetr_d2.layers import BlockSelfAttention, MultiScaleDeformableAttention, deformable_attention
+from codetr_d2.ops.ms_deform_attn import library_is_loaded
 from codetr_d2.transformer.encoder import FeedForward
 
 __all__ = ["Counter", "Scopes", "benchmark_parts"]
@@ -55,6 +56,16 @@ def attention_backward_flops(grad_output: Tensor, query: Tensor, key: Tensor, va
     return 2 * query[..., 0].numel() * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
+def feed_forward_flops(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *_, out_val=None) -> int:
+    """Two matrix products."""
+    return 2 * len(x) * (weight1.numel() + weight2.numel())
+
+
+def feed_forward_backward_flops(grad: Tensor, x: Tensor, hidden: Tensor, *weights_and_needs, out_val=None) -> int:
+    """Four matrix products, where all gradients are needed."""
+    return 4 * len(x) * sum(weight.numel() for weight in weights_and_needs[:2])
+
+
 FLOPS = {
     **flop_registry,
     torch.ops.codetr_d2.ms_deform_attn: operator_flops,
@@ -62,6 +73,9 @@ FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }
+if library_is_loaded():
+    FLOPS[torch.ops.codetr_d2._feed_forward_cpp] = feed_forward_flops
+    FLOPS[torch.ops.codetr_d2._feed_forward_cpp_backward] = feed_forward_backward_flops
 
 
 class Scopes:

@@ -25,7 +25,7 @@ from ..assigners.max_iou import MaxIoUMatcher
 from ..distributed import reduce_mean
 from ..errors import InputError
 from ..layers import soft_nms
-from ..ops import roi_align
+from ..ops import FastNMS, roi_align
 from ..structures import FeaturePyramid, PositiveSamples
 from .anchors import valid_anchors
 from .auxiliary import AUX_HEAD_REGISTRY, AuxiliaryHead
@@ -113,7 +113,7 @@ class CoRPN(RPN):
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
         """See the base class."""
-        with torch.no_grad():
+        with torch.no_grad(), FastNMS():
             return find_top_rpn_proposals(
                 self._decode_proposals(anchors, pred_anchor_deltas),
                 [x.float() for x in pred_objectness_logits],

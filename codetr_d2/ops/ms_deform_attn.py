@@ -29,7 +29,7 @@ def _load_library() -> str:
         torch.ops.load_library(libraries[0])
     except OSError as error:  # built against another PyTorch, or for another machine
         return f"its C++ library can't be loaded ({error})"
-    if not hasattr(torch.ops.codetr_d2, "_feed_forward_cpp"):
+    if not hasattr(torch.ops.codetr_d2, "_nms_cpp"):
         return "its C++ library was built from older sources"
     return ""
 
