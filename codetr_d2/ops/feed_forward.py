@@ -50,8 +50,8 @@ def feed_forward(
 
     On the CPU the compiled library computes it some rows at a time, so that a part of the hidden features is in the
     cache from its product to its last use: inference never holds them whole, training never their gradient. PyTorch's
-    layers compute it where the library does not: on GPUs, with dropout, under autocast, in half precision, for
-    gradients in bfloat16, or if it is not built.
+    layers compute it where the library does not: on GPUs, with dropout, in float16, for gradients in bfloat16 or under
+    autocast, or if it is not built.
 
     Args:
         x: [..., C] features.
@@ -66,16 +66,15 @@ def feed_forward(
         RuntimeError: sizes or dtypes that don't fit each other.
     """
     rows = x.flatten(0, -2)
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight1, bias1, weight2, bias2))
-    dtypes = BACKWARD_DTYPES if differentiable else FORWARD_DTYPES
-    if (
-        library_is_loaded()
-        and x.device.type == "cpu"
-        and x.dtype in dtypes
-        and dropout == 0
-        and not torch.is_autocast_enabled("cpu")
-    ):
-        output, _ = torch.ops.codetr_d2._feed_forward_cpp(rows, weight1, bias1, weight2, bias2, differentiable)
+    inputs = (rows, weight1, bias1, weight2, bias2)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    autocasts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype("cpu") if autocasts else x.dtype
+    dtypes = FORWARD_DTYPES if not differentiable else () if autocasts else BACKWARD_DTYPES
+    if library_is_loaded() and x.device.type == "cpu" and dtype in dtypes and dropout == 0:
+        if autocasts:
+            inputs = [t.to(dtype) for t in inputs]
+        output, _ = torch.ops.codetr_d2._feed_forward_cpp(*inputs, differentiable)
     else:  # the output of a linear layer on rows is no view, and ReLU can work in place
         hidden = F.linear(rows, weight1, bias1).relu_()
         output = F.linear(F.dropout(hidden, dropout), weight2, bias2)

@@ -143,9 +143,22 @@ def test_autocast():
     inputs = make_inputs(rows=70, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = run(feed_forward, inputs), run(plain, inputs)
-    assert ours[0].dtype == torch.bfloat16
-    for a, b in zip(ours, theirs):
+        with torch.no_grad():
+            inferred = feed_forward(*inputs)
+        double = [x.double() for x in inputs]
+        torch.testing.assert_close(feed_forward(*double), plain(*double))
+    assert ours[0].dtype == inferred.dtype == torch.bfloat16
+    for a, b in zip((*ours, inferred), (*theirs, theirs[0])):
         torch.testing.assert_close(a, b)
+
+
+@needs_cpp
+@pytest.mark.parametrize("autocasts", [False, True])
+def test_the_library_computes_inference_in_bfloat16(autocasts):
+    inputs = [x.requires_grad_() for x in make_inputs(dtype=torch.float32 if autocasts else torch.bfloat16)]
+    with torch.profiler.profile() as profile, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, autocasts):
+        feed_forward(*inputs)
+    assert "codetr_d2::_feed_forward_cpp" in {event.name for event in profile.events()}
 
 
 def test_gradients_in_bfloat16():
