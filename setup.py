@@ -39,8 +39,7 @@ class OptionalBuildExtension(BuildExtension):
             except (Exception, SystemExit) as error:  # whatever compilers, setuptools and PyTorch raise
                 reason = f"its build failed ({(str(error) or type(error).__name__).splitlines()[0]})."
         print(
-            "WARNING: codetr_d2 is installed without its C++ library: deformable attention and ROIAlign will be slow "
-            "on the CPU: " + reason,
+            "WARNING: codetr_d2 is installed without its C++ library: it will be slow on the CPU: " + reason,
             file=sys.stderr,
         )
         for extension in self.extensions:

@@ -75,7 +75,7 @@ ALWAYS_INLINE void suppress(Boxes<T>& boxes, int64_t i, T threshold) {
     width = width > 0 ? width : V{};
     height = height > 0 ? height : V{};
     const V intersection = rounded<V>(width * height);
-    flags |= intersection / (area + areas - intersection) > threshold;
+    flags |= (Flags)(intersection / (area + areas - intersection) > threshold);
     store<typename Boxes<T>::Flag, N>(&boxes.flags[j], flags);
   }
 }
