@@ -16,8 +16,8 @@ class FastNMS(TorchDispatchMode):
     """A context in which ``torchvision.ops.nms`` on the CPU is computed by the compiled library, whoever calls it.
 
     It keeps exactly the same boxes in the same order. Other dtypes and devices, and everything if the library is not
-    built, stay with torchvision.
-    Detectron2's functions call it deep inside, and have no other place to choose what computes it.
+    built, stay with torchvision. Detectron2's functions call it deep inside, and have no other place to choose what
+    computes it.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
