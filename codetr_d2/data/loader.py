@@ -23,12 +23,9 @@ TRAIN_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
 
 @contextmanager
-def _rng_of_sample(seed: int):
-    """Seed the global random generators of the CPU, and give them back as they were."""
+def _kept_rng():
+    """Give the global random generators of the CPU back as they were."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
@@ -51,11 +48,19 @@ class _Samples(Dataset):
         return len(self.records)
 
     def __getitem__(self, draw: tuple[int, int]):
-        index, seed = draw
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: list[tuple[int, int]]) -> list:
+        with _kept_rng():  # once for a batch: it takes as long as decoding a small image
+            return [self._sample(index, seed) for index, seed in draws]
+
+    def _sample(self, index: int, seed: int):
         record = self.records[index]
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
         try:
-            with _rng_of_sample(seed):
-                sample = self.mapper(record)
+            sample = self.mapper(record)
         except InputError as error:
             return error
         except (OSError, SizeMismatchError) as error:

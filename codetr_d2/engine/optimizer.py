@@ -70,16 +70,23 @@ def _keep_kernel(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
 def clip_full_model(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> Tensor:
     """Scale all gradients together so that their total norm is at most ``CLIP_VALUE``, if the config asks for that.
 
+    A fused optimizer scales them in its next step, where it reads them anyway; else they are scaled now.
+
     Returns:
         The total norm before clipping, a scalar on the device: of kind ``SOLVER.CLIP_GRADIENTS.NORM_TYPE``.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    clip = cfg.SOLVER.CLIP_GRADIENTS
+    clip, amp = cfg.SOLVER.CLIP_GRADIENTS, cfg.SOLVER.AMP
     norm_type = float(clip.NORM_TYPE)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, norm_type)), norm_type)
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
         # As torch.nn.utils.clip_grad_norm_ does: no look at the norm, which would wait for the device.
-        torch._foreach_mul_(gradients, torch.clamp(clip.CLIP_VALUE / (norm + 1e-6), max=1.0))
+        divisor = torch.clamp((norm + 1e-6) / clip.CLIP_VALUE, min=1.0)
+        loss_is_scaled = amp.ENABLED and amp.DTYPE == "float16"  # GradScaler overwrites the attribute
+        if optimizer.defaults.get("fused") and not loss_is_scaled:
+            optimizer.grad_scale = divisor.float()
+        else:
+            torch._foreach_div_(gradients, divisor)
     return norm
 
 

@@ -126,22 +126,51 @@ def test_any_adamw_checkpoint_goes_on_as_it_would_have(cfg, kernel):
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
 @pytest.mark.parametrize("limit", [0.5, 1e3])
-def test_full_model_clipping_is_that_of_torch(cfg, norm_type, limit):
+@pytest.mark.parametrize("in_the_step", [True, False])
+def test_full_model_clipping_is_that_of_torch(cfg, norm_type, limit, in_the_step):
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = limit
     cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = norm_type
     model = make_model()
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape) if parameter.requires_grad else None
     expected = copy.deepcopy(model)
-    for a, b in zip(model.parameters(), expected.parameters()):
-        b.grad = None if a.grad is None else a.grad.clone()
-    norm = clip_full_model(build_optimizer(cfg, model), cfg)
-    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(expected.parameters(), limit, norm_type))
-    for a, b in zip(model.parameters(), expected.parameters()):
-        if a.grad is not None:
-            torch.testing.assert_close(a.grad, b.grad)
+    optimizer = build_optimizer(cfg, model)
+    expected_optimizer = build_optimizer(cfg, expected)
+    if not in_the_step:  # as with a device that has no fused kernel
+        optimizer = torch.optim.AdamW(optimizer.param_groups, fused=False, foreach=True)
+    assert bool(optimizer.defaults["fused"]) == in_the_step
+    for _ in range(3):
+        for a, b in zip(model.parameters(), expected.parameters()):
+            if a.requires_grad:
+                a.grad = torch.randn(a.shape)
+                b.grad = a.grad.clone()
+        norm = clip_full_model(optimizer, cfg)
+        optimizer.step()
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(expected.parameters(), limit, norm_type))
+        expected_optimizer.step()
+        for a, b in zip(model.parameters(), expected.parameters()):
+            torch.testing.assert_close(a, b)
+            if a.grad is not None:
+                torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_clipping_survives_loss_scaling(cfg):
+    """GradScaler has its own use for the attribute that a fused step reads the divisor from."""
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.5
+    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = True, "float16"
+    model = make_model()
+    optimizer = build_optimizer(cfg, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 8.0) if parameter.requires_grad else None
+    scaler.scale(torch.zeros(()))  # sets its factor up
+    scaler.unscale_(optimizer)
+    clip_full_model(optimizer, cfg)
+    scaler.step(optimizer)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradient.norm(), torch.tensor(0.5))
 
 
 def test_without_clipping_the_gradient_stays(cfg):
