@@ -76,15 +76,14 @@ def clip_full_model(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> Tensor:
         The total norm before clipping, a scalar on the device: of kind ``SOLVER.CLIP_GRADIENTS.NORM_TYPE``.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    clip, amp = cfg.SOLVER.CLIP_GRADIENTS, cfg.SOLVER.AMP
+    clip = cfg.SOLVER.CLIP_GRADIENTS
     norm_type = float(clip.NORM_TYPE)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, norm_type)), norm_type)
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
         # As torch.nn.utils.clip_grad_norm_ does: no look at the norm, which would wait for the device.
         divisor = torch.clamp((norm + 1e-6) / clip.CLIP_VALUE, min=1.0)
-        loss_is_scaled = amp.ENABLED and amp.DTYPE == "float16"  # GradScaler overwrites the attribute
-        if optimizer.defaults.get("fused") and not loss_is_scaled:
-            optimizer.grad_scale = divisor.float()
+        if optimizer.defaults.get("fused"):
+            optimizer.grad_scale = divisor.float()  # GradScaler leaves it, once the gradients are unscaled
         else:
             torch._foreach_div_(gradients, divisor)
     return norm

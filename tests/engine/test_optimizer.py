@@ -155,11 +155,10 @@ def test_full_model_clipping_is_that_of_torch(cfg, norm_type, limit, in_the_step
 
 
 def test_clipping_survives_loss_scaling(cfg):
-    """GradScaler has its own use for the attribute that a fused step reads the divisor from."""
+    """GradScaler, too, sets the attribute that a fused step reads the divisor from."""
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.5
-    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = True, "float16"
     model = make_model()
     optimizer = build_optimizer(cfg, model)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
