@@ -18,8 +18,8 @@ from collections.abc import Sequence
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # First, as it names the command that mends a missing installation.
+from codetr_d2.config.config_file import resolve_device
 from codetr_d2.engine import check_config, check_output_dir, evaluate, load_config, run_processes, setup, train
-from codetr_d2.engine.config_file import resolve_device
 from codetr_d2.errors import InputError
 
 # isort: split

@@ -10,7 +10,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from . import backbones, heads, meta_arch  # noqa: F401 (registers their classes)
+from . import modeling  # noqa: F401 (registers their classes)
 from .config import add_codetr_config
 from .data import objects365  # noqa: F401 (registers the dataset)
 

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import codetr_d2  # noqa: F401 (registers the model)
 from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
+from codetr_d2.config.config_file import load_config, resolve_device
 from codetr_d2.data import read_image
-from codetr_d2.engine.config_file import load_config, resolve_device
 from codetr_d2.errors import InputError
 from codetr_d2.evaluation.mask_scores import add_mask_scores
 from codetr_d2.visualization import draw_predictions

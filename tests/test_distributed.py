@@ -14,8 +14,8 @@ from torch import multiprocessing
 
 from codetr_d2.config import add_codetr_config
 from codetr_d2.distributed import reduce_mean
-from codetr_d2.heads import build_auxiliary_head
-from codetr_d2.structures import FeaturePyramid
+from codetr_d2.modeling.auxiliary import build_auxiliary_head
+from codetr_d2.modeling.structures import FeaturePyramid
 
 CONFIG = Path(__file__).parents[1] / "configs" / "_base_" / "co_deformable_detr.yaml"
 STRIDES = [8, 16, 32, 64, 128]

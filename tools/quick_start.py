@@ -24,6 +24,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "prepare"))
+
 import prepare_digits
 import prepare_efficientnet
 import prepare_nuclei

@@ -6,7 +6,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ..backbones.eva02 import rotary_tables
+from ..modeling.backbones.eva02 import rotary_tables
 
 __all__ = [
     "COUNTER",

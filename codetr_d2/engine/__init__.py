@@ -1,6 +1,6 @@
 """Training: configs, trainer, optimizer, moving average, processes."""
 
-from .config_file import check_config, check_output_dir, load_config
+from ..config.config_file import check_config, check_output_dir, load_config
 from .ema import ModelEMA
 from .launch import run_processes
 from .optimizer import build_optimizer

@@ -24,13 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ..checkpoint.checkpointer import CoDETRCheckpointer
+from ..config.config_file import resolve_device, save_config
 from ..data.datasets import check_registered, class_names, load_datasets, register_datasets
 from ..data.loader import build_test_loader, build_train_loader
 from ..data.mapper import CoDETRDatasetMapper
 from ..data.samplers import derive_seed, seed_rng
 from ..errors import InputError
 from ..evaluation import EVALUATORS
-from .config_file import resolve_device, save_config
 from .ema import ModelEMA
 from .hooks import BestCheckpointer, PeriodicCheckpointer, PeriodicWriter, drop_metrics_from
 from .optimizer import build_optimizer, clip_full_model, schedule_in_iterations

@@ -8,8 +8,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import SwinTransformer, build_backbone
 from torch import nn
 
-from codetr_d2.backbones import TimmBackbone
 from codetr_d2.checkpoint.bare_backbone import adapt_backbone
+from codetr_d2.modeling.backbones import TimmBackbone
 
 
 def own(backbone):

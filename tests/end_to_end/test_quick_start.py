@@ -45,8 +45,8 @@ def first_test_picture(options: list[str]) -> Path:
 def options(tmp_path_factory) -> list[str]:
     """Config options of a run on a few images of the quick start's dataset, from the quick start's weights."""
     folder = tmp_path_factory.mktemp("datasets")
-    run("tools/prepare_digits.py", "--output", folder / "digits")
-    run("tools/prepare_efficientnet.py", "--output", folder / "weights.pth")
+    run("tools/prepare/prepare_digits.py", "--output", folder / "digits")
+    run("tools/prepare/prepare_efficientnet.py", "--output", folder / "weights.pth")
     triples = []
     for split, number in NUM_IMAGES.items():
         file = folder / "digits" / f"{split}.json"

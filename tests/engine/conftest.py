@@ -4,41 +4,9 @@ import sys
 
 import pytest
 import torch
-import yaml
 
-sys.path.insert(0, os.path.dirname(__file__))
-
-from tiny_detector import NUM_CLASSES, write_dataset  # noqa: E402
-
-from codetr_d2.engine import load_config, setup  # noqa: E402
-from codetr_d2.engine.trainer import CoDETRTrainer  # noqa: E402
-
-
-@pytest.fixture(scope="session")
-def coco_json(tmp_path_factory):
-    """DATASETS.COCO_JSON of a training set of 14 pictures and a test set of 5."""
-    folder = tmp_path_factory.mktemp("tiny")
-    return [write_dataset(folder, "tiny_train", 14, 0), write_dataset(folder, "tiny_test", 5, 1)]
-
-
-@pytest.fixture
-def config_file(coco_json, tmp_path):
-    options = {
-        "MODEL": {
-            "META_ARCHITECTURE": "TinyDetector",
-            "DEVICE": "cpu",
-            "CODETR": {"NUM_CLASSES": NUM_CLASSES, "ENCODER": {"DROPOUT": 0.3}},
-        },
-        "INPUT": {"MIN_SIZE_TRAIN": [30, 36], "MIN_SIZE_TEST": 30},
-        "DATASETS": {"COCO_JSON": coco_json, "TRAIN": ["tiny_train"], "TEST": ["tiny_test"]},
-        "DATALOADER": {"NUM_WORKERS": 0},
-        "SOLVER": {"IMS_PER_BATCH": 4, "MAX_ITER": 6, "STEPS": [1], "BASE_LR": 0.01, "WARMUP_ITERS": 2},
-        "SEED": 7,
-        "OUTPUT_DIR": str(tmp_path / "run"),
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(options))
-    return path
+from codetr_d2.engine import load_config, setup
+from codetr_d2.engine.trainer import CoDETRTrainer
 
 
 @pytest.fixture

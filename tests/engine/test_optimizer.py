@@ -8,8 +8,8 @@ from detectron2.solver import build_lr_scheduler
 from torch import nn
 
 from codetr_d2 import add_codetr_config
-from codetr_d2.backbones import Eva02
 from codetr_d2.engine.optimizer import build_optimizer, clip_full_model, schedule_in_iterations
+from codetr_d2.modeling.backbones import Eva02
 
 
 @pytest.fixture

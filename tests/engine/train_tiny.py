@@ -3,10 +3,9 @@
 import os
 import sys
 
-sys.path[:0] = [os.path.dirname(__file__), os.path.join(os.path.dirname(__file__), "../..")]
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "../.."))
 
-import tiny_detector  # noqa: E402, F401
-
+import tests.tiny_detector  # noqa: E402, F401
 import train_net  # noqa: E402
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from codetr_d2.heads import CoDINOHead
-from codetr_d2.postprocess import detections_from_queries
+from codetr_d2.modeling.postprocess import detections_from_queries
+from codetr_d2.modeling.query_heads import CoDINOHead
 
 
 def detections(prefix: str, results: list[Instances]) -> dict[str, Tensor]:

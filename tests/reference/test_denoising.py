@@ -3,9 +3,9 @@
 import torch
 from detectron2.structures import Boxes, Instances
 
-from codetr_d2.queries import ContrastiveDenoising, DenoisingNoise
-from codetr_d2.structures import QueryGroup, Targets
-from codetr_d2.transformer.decoder import attention_blocks
+from codetr_d2.modeling.queries import ContrastiveDenoising, DenoisingNoise
+from codetr_d2.modeling.structures import QueryGroup, Targets
+from codetr_d2.modeling.transformer.decoder import attention_blocks
 from tests.reference.recordings import draw_parameter, parameter_shapes, subsample
 
 

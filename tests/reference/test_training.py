@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from codetr_d2.checkpoint.published import published_to_codetr
-from codetr_d2.heads.anchors import valid_anchors
+from codetr_d2.modeling.auxiliary.anchors import valid_anchors
 
 LOSSES = 1e-4  # relative
 GRADIENTS = 1e-3  # relative

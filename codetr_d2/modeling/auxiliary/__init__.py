@@ -1,0 +1,17 @@
+"""Auxiliary heads: they train the encoder by one-to-many assignment and feed the decoder; inference drops them."""
+
+from .anchors import RatioMajorAnchorGenerator
+from .atss import ATSSHead
+from .base import AUX_HEAD_REGISTRY, AuxiliaryHead, build_auxiliary_head
+from .roi import CoROIHeads, CoRPN, ROIHead
+
+__all__ = [
+    "AUX_HEAD_REGISTRY",
+    "ATSSHead",
+    "AuxiliaryHead",
+    "CoROIHeads",
+    "CoRPN",
+    "ROIHead",
+    "RatioMajorAnchorGenerator",
+    "build_auxiliary_head",
+]

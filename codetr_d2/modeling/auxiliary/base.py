@@ -1,0 +1,68 @@
+"""The interface of the auxiliary heads, and where they are registered."""
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Instances
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from ...errors import InputError
+from ..structures import FeaturePyramid, PositiveSamples
+
+__all__ = ["AUX_HEAD_REGISTRY", "AuxiliaryHead", "build_auxiliary_head"]
+
+AUX_HEAD_REGISTRY = Registry("AUX_HEAD")
+AUX_HEAD_REGISTRY.__doc__ = """
+Registry of auxiliary heads: the names that ``MODEL.CODETR.AUX_HEADS`` may list.
+
+The registered object is called with ``obj(cfg, input_shapes)``, where ``input_shapes`` is a list of ``ShapeSpec`` with
+the channels and stride of each level of the head's pyramid, from fine to coarse. It returns an :class:`AuxiliaryHead`.
+"""
+
+
+class AuxiliaryHead(nn.Module):
+    """A detection head on the encoder's output, with its own one-to-many assignment.
+
+    In training it supervises the encoder and hands its candidates on to the decoder as customised positive queries. The
+    detector's own inference never runs it (but for the masks of the ROI head's branch, where it has one);
+    :meth:`inference` serves the evaluation of the branch by itself.
+
+    The pyramid that it reads is the encoder's output with one coarser level appended.
+
+    Source: paper, section 3.2, equations 1 to 3.
+    """
+
+    def forward(self, pyramid: FeaturePyramid, targets: list[Instances]) -> tuple[dict[str, Tensor], PositiveSamples]:
+        """Losses and candidates of a batch in training.
+
+        Args:
+            pyramid: features of B images.
+            targets: for each image the fields ``gt_boxes`` (xyxy pixels of the network input) and ``gt_classes``. An
+                image may have no object.
+
+        Returns:
+            The losses, float32 scalars by their names, with the head's own weights: lambda_2 and the number of decoder
+            layers (equation 6) are the caller's. Every parameter of the head is in their graph. Then the candidates.
+        """
+        raise NotImplementedError
+
+    def inference(self, pyramid: FeaturePyramid) -> list[Instances]:
+        """The head's own detections of B images, to be called in eval mode.
+
+        Returns:
+            For each image the fields ``pred_boxes`` (xyxy pixels of the network input), ``scores``, ``pred_classes``,
+            after non-maximum suppression, by falling score.
+        """
+        raise NotImplementedError
+
+
+def build_auxiliary_head(name: str, cfg: CfgNode, input_shapes: list[ShapeSpec]) -> AuxiliaryHead:
+    """Build the auxiliary head that is registered as ``name``.
+
+    Raises:
+        InputError: no head has that name.
+    """
+    if name not in AUX_HEAD_REGISTRY:
+        names = ", ".join(sorted(known for known, _ in AUX_HEAD_REGISTRY))
+        raise InputError(f"MODEL.CODETR.AUX_HEADS: there is no head named {name!r}; choose from {names}")
+    return AUX_HEAD_REGISTRY.get(name)(cfg, input_shapes)

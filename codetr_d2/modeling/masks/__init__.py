@@ -1,0 +1,5 @@
+"""Instance masks of detections."""
+
+from .refine import RefineMaskHead
+
+__all__ = ["RefineMaskHead"]

@@ -1,0 +1,322 @@
+"""Co-DETR: a DETR trained together with auxiliary heads that assign one to many (paper, section 3)."""
+
+import contextlib
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import InputError
+from .auxiliary import build_auxiliary_head
+from .backbones.folded_batch_norm import fold_frozen_batch_norm
+from .backbones.resnet import checkpoint_resnet_blocks
+from .masks.refine import RefineMaskHead
+from .neck import ChannelMapper, ConvGN
+from .postprocess import detections_from_queries
+from .query_heads import QUERY_HEAD_REGISTRY
+from .structures import FeaturePyramid
+
+__all__ = ["CoDETR", "auxiliary_head_names", "build_pyramid"]
+
+
+@META_ARCH_REGISTRY.register()
+class CoDETR(nn.Module):
+    """Collaborative DETR.
+
+    In training every auxiliary head reads the encoder's output, adds its own losses and hands its candidates on to the
+    query head as further decoder queries. Inference leaves the auxiliary heads out, unless ``eval_head`` names one or
+    masks are asked of the ROI head's branch.
+
+    Args:
+        backbone: a detectron2 backbone.
+        in_features: names of the backbone features, from fine to coarse.
+        neck: backbone features -> levels, or None where these are the levels.
+        strides: stride of each level in pixels.
+        query_head: encoder, decoder and the losses of the queries.
+        auxiliary_heads: by name, in the order of the query head's positive queries.
+        auxiliary_weight: weight of the auxiliary heads' losses (lambda_2 times the decoder layers, eq. 6).
+        eval_head: "detr", or the name of the auxiliary head whose detections inference returns.
+        mask_head: predicts masks of the detections, from the encoder's output; or None.
+        roi_masks: whether the auxiliary head named "roi" does so.
+        pixel_mean, pixel_std: for the normalisation of the images.
+        size_divisibility: images are padded to multiples of so many pixels.
+        canvas_size: side of the square, in pixels, that every image is put on at the top left and whose padding counts
+            as a part of the image; 0 to pad images to the largest of their batch instead, and mask the padding.
+        inference_dtype: torch.float32, or torch.bfloat16 for autocast at inference.
+        compile: compile backbone, encoder and decoder for inference.
+        canvas_value: value of the canvas's pixels before their normalisation.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        in_features: list[str],
+        neck: ChannelMapper | None,
+        strides: list[int],
+        query_head: nn.Module,
+        auxiliary_heads: dict[str, nn.Module],
+        auxiliary_weight: float,
+        eval_head: str,
+        mask_head: RefineMaskHead | None,
+        roi_masks: bool,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+        size_divisibility: int = 1,
+        canvas_size: int = 0,
+        canvas_value: float = 114.0,
+        inference_dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.in_features = in_features
+        self.neck = neck
+        self.strides = strides
+        self.size_divisibility = size_divisibility
+        self.canvas_size = canvas_size
+        self.canvas_value = canvas_value
+        self.inference_dtype = inference_dtype
+        self.is_compiled = compile
+        if compile:
+            for module in (backbone, query_head.encoder, query_head.decoder):
+                module.compile()
+        self.query_head = query_head
+        self.auxiliary_heads = nn.ModuleDict(auxiliary_heads)
+        if auxiliary_heads:
+            # One more, coarser level that only the auxiliary heads see.
+            self.auxiliary_level = ConvGN(query_head.embed_dim, query_head.embed_dim, 3, stride=2, bias=True)
+        self.auxiliary_weight = auxiliary_weight
+        self.eval_head = eval_head
+        if roi_masks and "roi" not in auxiliary_heads:
+            raise InputError(
+                'MODEL.CODETR.MASK_HEAD is "roi", but MODEL.CODETR.AUX_HEADS has no "roi" head: add it, or choose the '
+                'mask head "refine"'
+            )
+        self.mask_head = mask_head
+        self.roi_masks = roi_masks
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        options = cfg.MODEL.CODETR
+        mask_kind = options.MASK_HEAD if cfg.MODEL.MASK_ON else None
+        ops.set_backend(cfg.MODEL.MS_DEFORM_ATTN)
+        if cfg.MODEL.DEVICE == "cpu":
+            ops.keep_freed_memory()
+        backbone = build_backbone(cfg)
+        fold_frozen_batch_norm(backbone)
+        if cfg.MODEL.RESNETS.ACTIVATION_CHECKPOINTING:
+            checkpoint_resnet_blocks(backbone)
+        shapes = backbone.output_shape()
+        for name in options.IN_FEATURES:
+            if name not in shapes:
+                raise InputError(
+                    f"MODEL.CODETR.IN_FEATURES has {name!r}; {cfg.MODEL.BACKBONE.NAME} gives {', '.join(shapes)}"
+                )
+        input_shapes = [shapes[name] for name in options.IN_FEATURES]
+        neck, strides = None, [shape.stride for shape in input_shapes]
+        if any(a >= b for a, b in zip(strides, strides[1:])):
+            raise InputError(
+                f"MODEL.CODETR.IN_FEATURES is {options.IN_FEATURES}, with the strides {strides}; order them from fine "
+                "to coarse"
+            )
+        if options.NECK:
+            neck = ChannelMapper(input_shapes, options.EMBED_DIM, options.NUM_FEATURE_LEVELS)
+            strides = neck.strides
+        elif [shape.channels for shape in input_shapes] != [options.EMBED_DIM] * options.NUM_FEATURE_LEVELS:
+            raise InputError(
+                f"MODEL.CODETR.NECK is empty, but {options.IN_FEATURES} are not {options.NUM_FEATURE_LEVELS} features "
+                f"of {options.EMBED_DIM} channels (MODEL.CODETR.NUM_FEATURE_LEVELS, EMBED_DIM); set it to ChannelMapper"
+            )
+        size_divisibility = math.lcm(options.SIZE_DIVISIBILITY, max(backbone.size_divisibility, 1))
+        if options.CANVAS_SIZE % size_divisibility:
+            raise InputError(
+                f"MODEL.CODETR.CANVAS_SIZE is {options.CANVAS_SIZE}, but {cfg.MODEL.BACKBONE.NAME} (and "
+                f"MODEL.CODETR.SIZE_DIVISIBILITY) ask for a multiple of {size_divisibility}"
+            )
+        level_shapes = [ShapeSpec(channels=options.EMBED_DIM, stride=stride) for stride in [*strides, 2 * strides[-1]]]
+        return {
+            "backbone": backbone,
+            "in_features": options.IN_FEATURES,
+            "neck": neck,
+            "strides": strides,
+            "query_head": QUERY_HEAD_REGISTRY.get(options.QUERY_HEAD)(cfg),
+            "auxiliary_heads": {
+                name: build_auxiliary_head(kind, cfg, level_shapes)
+                for name, kind in zip(auxiliary_head_names(options.AUX_HEADS), options.AUX_HEADS)
+            },
+            "auxiliary_weight": options.LAMBDA2 * options.DECODER.NUM_LAYERS,
+            "eval_head": options.EVAL_HEAD,
+            "mask_head": RefineMaskHead(cfg, level_shapes[:-1]) if mask_kind == "refine" else None,
+            "roi_masks": mask_kind == "roi",
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "size_divisibility": size_divisibility,
+            "canvas_size": options.CANVAS_SIZE,
+            "canvas_value": options.CANVAS_VALUE,
+            "inference_dtype": getattr(torch, options.INFERENCE_DTYPE),
+            "compile": options.COMPILE,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """
+        Args:
+            batched_inputs: detectron2's standard format: ``image`` [C, H, W], ``instances`` in training, and the
+                ``height`` and ``width`` that detections are scaled to.
+
+        Returns:
+            Training: the losses by name. Inference: for each image ``{"instances": Instances}`` with ``pred_boxes``,
+            ``scores`` and ``pred_classes``, and where the model has masks ``pred_masks`` ([N, height, width] bool).
+        """
+        images = self.preprocess(batched_inputs)
+        if self.training:
+            # Inference alone is compiled.
+            with torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext():
+                return self.losses(images, batched_inputs)
+        half = self.inference_dtype != torch.float32
+        with torch.autocast(self.device.type, self.inference_dtype) if half else contextlib.nullcontext():
+            return self.inference(self.query_head.encode(self.extract_features(images)), batched_inputs)
+
+    def losses(self, images: ImageList, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """The losses of all heads, by name."""
+        memory = self.query_head.encode(self.extract_features(images))
+        instances = [x["instances"].to(self.device) for x in batched_inputs]
+        losses, samples = {}, {}
+        if self.auxiliary_heads:
+            auxiliary_pyramid = self.auxiliary_pyramid(memory)
+        for name, head in self.auxiliary_heads.items():
+            head_losses, samples[name] = head(auxiliary_pyramid, instances)
+            losses.update({f"{k}_{name}": v * self.auxiliary_weight for k, v in head_losses.items()})
+        query_losses, output = self.query_head.losses(memory, samples, instances)
+        losses.update(query_losses)
+        if self.mask_head is not None:
+            logits, boxes = output.logits[-1].detach(), output.boxes[-1].detach()
+            detections = detections_from_queries(logits, boxes, memory.image_sizes, self.query_head.max_detections)
+            losses.update(self.mask_head.losses(memory, detections, instances))
+        return losses
+
+    def extract_features(self, images: ImageList) -> FeaturePyramid:
+        """The levels that the encoder reads."""
+        features = self.backbone(images.tensor.contiguous(memory_format=map_layout(images.device)))
+        levels = [features[name] for name in self.in_features]
+        if self.neck is not None:
+            levels = self.neck(levels)
+        if self.canvas_size > 0:
+            images = ImageList(images.tensor, [(self.canvas_size, self.canvas_size)] * len(images))
+        return build_pyramid(levels, self.strides, images, self.size_divisibility)
+
+    def inference(self, memory: FeaturePyramid, batched_inputs: list[dict]) -> list[dict]:
+        """Detections of the head chosen by ``eval_head``, in the pixels that each input asks for."""
+        if self.eval_head == "detr":
+            results = self.query_head.inference(memory)
+        else:
+            results = self.auxiliary_heads[self.eval_head].inference(self.auxiliary_pyramid(memory))
+        if self.mask_head is not None:
+            results = self.mask_head.inference(memory, results)
+        elif self.roi_masks and not results[0].has("pred_masks"):
+            results = self.auxiliary_heads["roi"].predict_masks(memory, results)
+        return [{"instances": rescale(result, x)} for result, x in zip(results, batched_inputs)]
+
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise the images and pad them at the right and the bottom to one size.
+
+        Raises:
+            InputError: an image is larger than the canvas.
+        """
+        images = [x["image"].to(self.device, torch.float32) for x in batched_inputs]
+        if self.canvas_size > 0:
+            for image, x in zip(images, batched_inputs):
+                if max(image.shape[-2:]) > self.canvas_size:
+                    raise InputError(
+                        f"{x.get('file_name', 'an image')} is {image.shape[-1]} x {image.shape[-2]} pixels, larger "
+                        f"than MODEL.CODETR.CANVAS_SIZE ({self.canvas_size}); set INPUT.MAX_SIZE_TEST (in training "
+                        "INPUT.MAX_SIZE_TRAIN) to that"
+                    )
+            square = {"square_size": self.canvas_size}
+            canvas = ImageList.from_tensors(images, pad_value=self.canvas_value, padding_constraints=square)
+            return ImageList((canvas.tensor - self.pixel_mean) / self.pixel_std, canvas.image_sizes)
+        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
+        constraints = {**self.backbone.padding_constraints, "size_divisibility": self.size_divisibility}
+        return ImageList.from_tensors(images, padding_constraints=constraints)
+
+    def auxiliary_pyramid(self, memory: FeaturePyramid) -> FeaturePyramid:
+        """The encoder's output with one coarser level more."""
+        coarsest = self.auxiliary_level(memory.maps()[-1])
+        shape = tuple(coarsest.shape[-2:])
+        height, width = memory.shapes[-1]
+        mask = memory.padding_mask[:, -height * width :].unflatten(1, (height, width))
+        mask = downsample_mask(mask, shape)
+        return dataclasses.replace(
+            memory,
+            tokens=torch.cat((memory.tokens, coarsest.flatten(2).transpose(1, 2)), dim=1),
+            padding_mask=torch.cat((memory.padding_mask, mask.flatten(1)), dim=1),
+            shapes=[*memory.shapes, shape],
+            strides=[*memory.strides, 2 * memory.strides[-1]],
+            valid_ratios=torch.cat((memory.valid_ratios, valid_ratio(mask).unsqueeze(1)), dim=1),
+        )
+
+
+def auxiliary_head_names(kinds: list[str]) -> list[str]:
+    """Unique names for auxiliary heads: the kind itself, and with a number from its second use on."""
+    return [
+        kind if kinds[:i].count(kind) == 0 else f"{kind}{kinds[:i].count(kind) + 1}" for i, kind in enumerate(kinds)
+    ]
+
+
+def map_layout(device: torch.device) -> torch.memory_format:
+    """The layout of feature maps: channels last on the CPU, where it is fast, and what tokens are in anyway."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
+def build_pyramid(
+    levels: list[Tensor], strides: list[int], images: ImageList, size_divisibility: int = 1
+) -> FeaturePyramid:
+    """Flatten feature maps [B, C, h, w], from fine to coarse, and work out what in them is padding."""
+    unit = size_divisibility
+    height, width = images.tensor.shape[-2:]
+    mask = torch.ones((len(images), height, width), dtype=torch.bool, device=images.device)
+    for i, (h, w) in enumerate(images.image_sizes):
+        mask[i, :h, :w] = False
+    masks = [downsample_mask(mask, tuple(x.shape[-2:])) for x in levels]
+    return FeaturePyramid(
+        tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1),
+        padding_mask=torch.cat([m.flatten(1) for m in masks], dim=1),
+        shapes=[tuple(x.shape[-2:]) for x in levels],
+        strides=list(strides),
+        image_sizes=[tuple(size) for size in images.image_sizes],
+        batch_shape=(height, width),
+        padded_sizes=[(math.ceil(h / unit) * unit, math.ceil(w / unit) * unit) for h, w in images.image_sizes],
+        valid_ratios=torch.stack([valid_ratio(m) for m in masks], dim=1),
+    )
+
+
+def downsample_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[B, H, W] bool -> [B, h, w] bool, nearest."""
+    return F.interpolate(mask.unsqueeze(1).float(), size=shape).squeeze(1) > 0.5
+
+
+def valid_ratio(mask: Tensor) -> Tensor:
+    """[B, h, w] bool, True at padding -> [B, 2] share of the width and of the height that is not."""
+    return torch.stack(((~mask[:, 0, :]).float().mean(1), (~mask[:, :, 0]).float().mean(1)), dim=-1)
+
+
+def rescale(result: Instances, model_input: dict) -> Instances:
+    """Detections in pixels of the network input -> in the pixels of the original image, where these are given."""
+    height, width = model_input["image"].shape[-2:]  # without padding, which a canvas counts in
+    result = Instances((height, width), **result.get_fields())
+    return detector_postprocess(result, model_input.get("height", height), model_input.get("width", width))

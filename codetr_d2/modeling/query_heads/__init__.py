@@ -1,0 +1,7 @@
+"""Query heads: the detectors themselves."""
+
+from .base import QUERY_HEAD_REGISTRY, QueryHead
+from .co_deformable_detr import CoDeformableDETRHead
+from .co_dino import CoDINOHead
+
+__all__ = ["QUERY_HEAD_REGISTRY", "CoDINOHead", "CoDeformableDETRHead", "QueryHead"]

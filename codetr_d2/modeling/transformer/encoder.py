@@ -1,0 +1,120 @@
+"""The deformable encoder: refines the tokens of all feature levels together."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...layers import MultiScaleDeformableAttention
+from ...ops import feed_forward
+from ..structures import FeaturePyramid, once_for_each_geometry
+
+__all__ = ["DeformableEncoder", "DeformableEncoderLayer", "FeedForward"]
+
+
+class FeedForward(nn.Module):
+    """Linear - ReLU - Linear, without the residual connection.
+
+    Args:
+        embed_dim: channels of input and output.
+        hidden_dim: channels in between.
+        dropout: after the activation, in training.
+    """
+
+    def __init__(self, embed_dim: int, hidden_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.linear1 = nn.Linear(embed_dim, hidden_dim)
+        self.linear2 = nn.Linear(hidden_dim, embed_dim)
+        self.dropout = nn.Dropout(dropout)
+        for linear in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., embed_dim] -> [..., embed_dim]"""
+        dropout = self.dropout.p if self.training else 0.0
+        weights = (p for layer in (self.linear1, self.linear2) for p in (layer.weight, layer.bias))
+        return feed_forward(x, *weights, dropout)
+
+
+class DeformableEncoderLayer(nn.Module):
+    """Deformable self-attention and a feed-forward network, each with a residual connection and then a LayerNorm."""
+
+    def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int, ffn_dim: int, dropout: float):
+        super().__init__()
+        self.self_attn = MultiScaleDeformableAttention(embed_dim, num_heads, num_levels, num_points)
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: Tensor,
+        level_start_index: Tensor,
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        attended = self.self_attn(x + position, x, reference_points, spatial_shapes, level_start_index, padding_mask)
+        x = self.norm1(x + self.dropout(attended))
+        return self.norm2(x + self.dropout(self.ffn(x)))
+
+
+class DeformableEncoder(nn.Module):
+    """Encoder of Deformable DETR over a feature pyramid.
+
+    Args:
+        embed_dim, num_heads, ffn_dim, dropout: as usual in a transformer.
+        num_layers: number of layers.
+        num_levels: number of feature levels.
+        num_points: sampling points of each head and level.
+        activation_checkpointing: recompute the layers in the backward pass to save memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_layers: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        ffn_dim: int,
+        dropout: float = 0.0,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.level_embed = nn.Parameter(torch.randn(num_levels, embed_dim))
+        self.layers = nn.ModuleList(
+            DeformableEncoderLayer(embed_dim, num_heads, num_levels, num_points, ffn_dim, dropout)
+            for _ in range(num_layers)
+        )
+        self.activation_checkpointing = activation_checkpointing
+
+    def forward(self, pyramid: FeaturePyramid, position: Tensor) -> Tensor:
+        """
+        Args:
+            pyramid: the neck's output.
+            position: [B, S, C] position encoding of the tokens.
+
+        Returns:
+            [B, S, C] refined tokens.
+        """
+        spatial_shapes, level_start_index = pyramid.spatial_shapes, pyramid.level_start_index
+        level_embed = [x.expand(h * w, -1) for x, (h, w) in zip(self.level_embed, pyramid.shapes)]
+        position = position + torch.cat(level_embed)
+        reference_points = self.reference_points(pyramid)
+        x = pyramid.tokens
+        for layer in self.layers:
+            args = (x, position, reference_points, spatial_shapes, level_start_index, pyramid.value_mask)
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(layer, *args, use_reentrant=False)
+            else:
+                x = layer(*args)
+        return x
+
+    @once_for_each_geometry
+    def reference_points(self, pyramid: FeaturePyramid) -> Tensor:
+        """Centre of each token's cell, normalised to the padded size of each target level: [B, S, L, 2] as (x, y)."""
+        return pyramid.cell_centres.unsqueeze(2) * pyramid.valid_ratios.unsqueeze(1)

@@ -1,0 +1,85 @@
+import pytest
+import timm
+import torch
+
+from codetr_d2.errors import InputError
+from codetr_d2.modeling.backbones import TimmBackbone
+
+
+def test_features_equal_timm():
+    torch.manual_seed(0)
+    ours = TimmBackbone("tf_efficientnet_lite0", ["stride8", "stride32"], freeze_batch_norm=True).eval()
+    plain = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(2, 4)).eval()
+    plain.load_state_dict(ours.model.state_dict())  # freezing keeps names; and the activations fused into batch norm
+    x = torch.randn(1, 3, 70, 101)
+    features = ours(x)
+    for ours_i, expected in zip(features.values(), plain(x)):
+        torch.testing.assert_close(ours_i, expected)
+    for name, shape in ours.output_shape().items():
+        assert features[name].shape[1] == shape.channels
+        assert features[name].shape[2:] == (-(-70 // shape.stride), -(-101 // shape.stride))
+
+
+def test_frozen_batch_norm_does_not_move():
+    backbone = TimmBackbone("tf_efficientnet_lite0", ["stride8"]).train()
+    before = {name: x.clone() for name, x in backbone.named_buffers()}
+    backbone(torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(x, before[name]) for name, x in backbone.named_buffers())
+    assert not any("bn" in name for name, _ in backbone.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "feature", "message"),
+    [
+        ("tf_efficientnet_lite99", "stride8", "MODEL.TIMM.NAME: timm has no model 'tf_efficientnet_lite99'.*lite0"),
+        ("tf_efficientnet_lite0", "res3", "MODEL.CODETR.IN_FEATURES.*has no .*res3.*stride8"),
+    ],
+)
+def test_bad_names(name, feature, message):
+    with pytest.raises(InputError, match=message):
+        TimmBackbone(name, [feature])
+
+
+def test_weights_that_cannot_be_fetched(monkeypatch):
+    create = timm.create_model
+
+    def without_network(*args, pretrained=False, **options):
+        return open("no/such/file") if pretrained else create(*args, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_network)
+    with pytest.raises(InputError, match=r"MODEL\.TIMM\.PRETRAINED: .* resnet18 .*no/such/file.*MODEL\.WEIGHTS"):
+        TimmBackbone("resnet18", ["stride8"], pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "pvt_v2_b0", "resnet18"])
+def test_convolutional_and_hierarchical_models(name):
+    backbone = TimmBackbone(name, ["stride8", "stride16", "stride32"]).eval()
+    assert backbone.size_divisibility == (32 if name == "convnext_atto" else 0)  # ConvNeXt rounds down
+    with torch.no_grad():
+        features = backbone(torch.randn(1, 3, 64, 96))
+    for feature, shape in backbone.output_shape().items():
+        assert features[feature].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
+
+
+def test_channels_come_first_and_images_have_another_size():
+    torch.manual_seed(0)
+    backbone = TimmBackbone("swin_tiny_patch4_window7_224", ["stride4"]).eval()
+    plain = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, out_indices=(0,), img_size=(84, 112))
+    plain.load_state_dict(backbone.model.state_dict())
+    x = torch.randn(1, 3, 84, 112)
+    feature = backbone(x)["stride4"]
+    assert feature.shape == (1, 96, 21, 28)
+    torch.testing.assert_close(feature, plain.eval()(x)[0].permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("name", ["hrnet_w18_small", "swinv2_cr_tiny_ns_224", "swin_tiny_patch4_window7_224"])
+def test_a_model_that_needs_whole_cells_asks_for_them(name):
+    assert TimmBackbone(name, ["stride8"]).size_divisibility == 32
+
+
+@pytest.mark.parametrize("name", ["hiera_tiny_224", "mixer_s16_224"])
+def test_models_of_one_image_size_are_refused(name):
+    with pytest.raises(
+        InputError, match=rf"MODEL\.TIMM\.NAME: '{name}' gives feature maps only for images of its own size"
+    ):
+        TimmBackbone(name, ["stride16"])
