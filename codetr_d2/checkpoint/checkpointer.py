@@ -54,7 +54,7 @@ _OPTIONAL_PARTS = (
     (r"auxiliary_heads\.\w+\.roi_heads\.mask_head\.", "a mask branch; MODEL.MASK_ON is False"),
     (r"auxiliary_heads\.\w+\.", "an auxiliary head that MODEL.CODETR.AUX_HEADS does not list"),
     (r"auxiliary_level\.", "for auxiliary heads; MODEL.CODETR.AUX_HEADS is empty"),
-    (r"query_head\.positive_queries\.\d+\.", "queries of an auxiliary head that MODEL.CODETR.AUX_HEADS does not list"),
+    (r"query_head\.positive_queries\.\w+\.", "queries of an auxiliary head that MODEL.CODETR.AUX_HEADS does not list"),
     (r"query_head\.denoising\.", "for denoising; MODEL.CODETR.DENOISING.NUM_QUERIES is 0"),
     (r"mask_head\.", "instance masks; MODEL.MASK_ON is False or MODEL.CODETR.MASK_HEAD another"),
     (r"backbone\.norm\d\.", "the norm of a feature that MODEL.CODETR.IN_FEATURES does not list"),
@@ -242,7 +242,7 @@ class CoDETRCheckpointer(DetectionCheckpointer):
             weights, unused = adapt_backbone(weights, own)
         for line in describe(unused):
             self.logger.info("Not used: %s", line)
-        return _positive_queries_by_name(weights, list(getattr(self.model, "auxiliary_heads", {})))
+        return _positive_queries_by_name(weights)
 
     def _adapt_classes(self, weights: dict[str, Tensor], own: dict) -> tuple[dict[str, Tensor], set[str]]:
         """Deal with classes other than the model's; the second value names the tensors that start anew."""
@@ -368,17 +368,13 @@ def _check_family(path: str, weights: dict[str, Tensor], own: dict[str, Tensor])
             )
 
 
-def _positive_queries_by_name(weights: dict[str, Tensor], heads: list[str]) -> dict[str, Tensor]:
-    """Renumber the positive queries, which stand in the order of the file's auxiliary heads, for the model's ``heads``.
-
-    Those of heads that the model lacks get numbers that it lacks.
-    """
-    in_file = list(dict.fromkeys(name.split(".")[1] for name in weights if name.startswith("auxiliary_heads.")))
-    order = [*heads, *(head for head in in_file if head not in heads)]
+def _positive_queries_by_name(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name the positive queries after their auxiliary heads, in files that number them in the order of the heads."""
+    heads = list(dict.fromkeys(name.split(".")[1] for name in weights if name.startswith("auxiliary_heads.")))
     result = {}
     for name, value in weights.items():
         match = re.match(r"query_head\.positive_queries\.(\d+)\.", name)
-        if match and int(match[1]) < len(in_file):
-            name = f"query_head.positive_queries.{order.index(in_file[int(match[1])])}.{name[match.end() :]}"
+        if match and int(match[1]) < len(heads):
+            name = f"query_head.positive_queries.{heads[int(match[1])]}.{name[match.end() :]}"
         result[name] = value
     return result

@@ -155,7 +155,9 @@ def published_to_codetr(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor
     converted, unused = {}, {}
     for name, value in state_dict.items():
         if name == _HEAD_POSITION:  # [heads, 1] -> one [1] for each head
-            converted.update({f"query_head.positive_queries.{k}.head_embed": row for k, row in enumerate(value)})
+            converted.update(
+                {f"query_head.positive_queries.{_HEADS[k]}.head_embed": row for k, row in enumerate(value)}
+            )
         elif name.endswith(".num_batches_tracked"):
             unused[name] = COUNTER
         elif name.endswith((".freqs_cos", ".freqs_sin")):
@@ -163,6 +165,7 @@ def published_to_codetr(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor
         elif name.startswith("ema_"):
             unused[name] = _AVERAGED
         elif (ours := _translate(name, rows, last, shift=1)) is not None:
+            ours = re.sub(r"(?<=^query_head\.positive_queries\.)\d+", lambda match: _HEADS[int(match[0])], ours)
             converted[ours] = value
         else:
             unused[name] = FOREIGN
@@ -186,16 +189,16 @@ def codetr_to_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     is_vit = any(name.startswith("backbone.net.") for name in state_dict)
     is_dino = any(name.startswith("query_head.decoder.norm.") for name in state_dict)
     rows = _table(is_vit, is_dino)[1]
-    heads = list(dict.fromkeys(name.split(".")[1] for name in state_dict if name.startswith("auxiliary_heads.")))
-    published_heads = [head for head in _HEADS if head in heads]
+    published_heads = [
+        head for head in _HEADS if any(name.startswith(f"auxiliary_heads.{head}.") for name in state_dict)
+    ]
     converted, head_positions = {}, {}
     for name, value in state_dict.items():
         source = name
-        if match := re.fullmatch(r"query_head\.positive_queries\.(\d+)\.(.+)", name):
-            head = heads[int(match[1])] if int(match[1]) < len(heads) else ""
-            if head not in published_heads:
+        if match := re.fullmatch(r"query_head\.positive_queries\.(\w+)\.(.+)", name):
+            if match[1] not in published_heads:
                 raise KeyError(f"{name} has no published name")
-            index = published_heads.index(head)
+            index = published_heads.index(match[1])
             if match[2] == "head_embed":
                 head_positions[index] = value
                 continue

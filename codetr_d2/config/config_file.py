@@ -24,8 +24,7 @@ from ..checkpoint.checkpointer import atomic_write
 from ..data.datasets import register_datasets
 from ..data.loader import TRAIN_SAMPLERS
 from ..errors import InputError
-from ..modeling.auxiliary import AUX_HEAD_REGISTRY
-from ..modeling.meta_arch import auxiliary_head_names
+from ..modeling.auxiliary import AUX_HEAD_REGISTRY, auxiliary_head_names
 from ..modeling.query_heads import QUERY_HEAD_REGISTRY
 from .defaults import add_codetr_config
 

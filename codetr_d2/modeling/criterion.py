@@ -137,14 +137,14 @@ class SetCriterion(nn.Module):
             loss_cls = loss_cls.masked_fill(group.padding_mask, 0)
         loss_cls = loss_cls.sum((1, 2))
 
-        suffix = group.name if group is not None else "_enc"
+        suffix, group_weight = (group.name, group.loss_weight) if group is not None else ("_enc", 1.0)
         losses = {}
         for kind, weight, values in (
             ("loss_cls", self.weight_cls, loss_cls),
             ("loss_box", self.weight_box, loss_box),
             ("loss_giou", self.weight_giou, loss_giou),
         ):
-            for layer, value in enumerate((weight * values / num_positives).unbind()):
+            for layer, value in enumerate((group_weight * weight * values / num_positives).unbind()):
                 number = "" if layer == len(values) - 1 else f"_{layer}"
                 losses[f"{kind}{suffix}{number}"] = value
         return losses

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InputError
-from .auxiliary import build_auxiliary_head
+from .auxiliary import auxiliary_head_names, build_auxiliary_head
 from .backbones.folded_batch_norm import fold_frozen_batch_norm
 from .backbones.resnet import checkpoint_resnet_blocks
 from .masks.refine import RefineMaskHead
@@ -24,7 +24,7 @@ from .postprocess import detections_from_queries
 from .query_heads import QUERY_HEAD_REGISTRY
 from .structures import FeaturePyramid
 
-__all__ = ["CoDETR", "auxiliary_head_names", "build_pyramid"]
+__all__ = ["CoDETR", "build_pyramid"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -269,13 +269,6 @@ class CoDETR(nn.Module):
             strides=[*memory.strides, 2 * memory.strides[-1]],
             valid_ratios=torch.cat((memory.valid_ratios, valid_ratio(mask).unsqueeze(1)), dim=1),
         )
-
-
-def auxiliary_head_names(kinds: list[str]) -> list[str]:
-    """Unique names for auxiliary heads: the kind itself, and with a number from its second use on."""
-    return [
-        kind if kinds[:i].count(kind) == 0 else f"{kind}{kinds[:i].count(kind) + 1}" for i, kind in enumerate(kinds)
-    ]
 
 
 def map_layout(device: torch.device) -> torch.memory_format:

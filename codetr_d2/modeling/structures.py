@@ -189,6 +189,7 @@ class QueryGroup:
         sees_previous: its queries also attend to those of the group before it, which do not attend to them.
         labels: [B, Q] int64 fixed class targets (``num_classes`` for background), or None: matched one to one.
         target_boxes: [B, Q, 4] fixed box targets, cxcywh normalised, or None.
+        loss_weight: factor of its losses, beside those of the kinds of loss.
     """
 
     name: str
@@ -200,6 +201,7 @@ class QueryGroup:
     sees_previous: bool = False
     labels: Tensor | None = None
     target_boxes: Tensor | None = None
+    loss_weight: float = 1.0
 
     @property
     def num_queries(self) -> int:

@@ -121,7 +121,7 @@ def run_training(model: torch.nn.Module, batch: list[dict]) -> SimpleNamespace:
         return kept.matches
 
     matcher.match = match
-    for queries in model.query_head.positive_queries:
+    for queries in model.query_head.positive_queries.values():
         queries.register_forward_hook(lambda _, args, group: kept.groups.update({group.name: group}))
     for name, head in model.auxiliary_heads.items():
         head.register_forward_hook(lambda _, args, result, name=name: kept.samples.update({name: result[1]}))

@@ -2,7 +2,7 @@
 
 from .anchors import RatioMajorAnchorGenerator
 from .atss import ATSSHead
-from .base import AUX_HEAD_REGISTRY, AuxiliaryHead, build_auxiliary_head
+from .base import AUX_HEAD_REGISTRY, AuxiliaryHead, auxiliary_head_names, build_auxiliary_head
 from .roi import CoROIHeads, CoRPN, ROIHead
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "CoRPN",
     "ROIHead",
     "RatioMajorAnchorGenerator",
+    "auxiliary_head_names",
     "build_auxiliary_head",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...errors import InputError
 from ..structures import FeaturePyramid, PositiveSamples
 
-__all__ = ["AUX_HEAD_REGISTRY", "AuxiliaryHead", "build_auxiliary_head"]
+__all__ = ["AUX_HEAD_REGISTRY", "AuxiliaryHead", "auxiliary_head_names", "build_auxiliary_head"]
 
 AUX_HEAD_REGISTRY = Registry("AUX_HEAD")
 AUX_HEAD_REGISTRY.__doc__ = """
@@ -54,6 +54,13 @@ class AuxiliaryHead(nn.Module):
             after non-maximum suppression, by falling score.
         """
         raise NotImplementedError
+
+
+def auxiliary_head_names(kinds: list[str]) -> list[str]:
+    """Unique names for auxiliary heads: the kind itself, and with a number from its second use on."""
+    return [
+        kind if kinds[:i].count(kind) == 0 else f"{kind}{kinds[:i].count(kind) + 1}" for i, kind in enumerate(kinds)
+    ]
 
 
 def build_auxiliary_head(name: str, cfg: CfgNode, input_shapes: list[ShapeSpec]) -> AuxiliaryHead:

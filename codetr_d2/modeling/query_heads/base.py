@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...layers import SinePositionEncoding
 from ..assigners.hungarian import HungarianMatcher
+from ..auxiliary import auxiliary_head_names
 from ..criterion import SetCriterion
 from ..postprocess import detections_from_queries
 from ..queries import PositiveQueries, TwoStageProposals
@@ -46,7 +47,7 @@ class QueryHead(nn.Module):
         encoder, decoder: the transformer.
         position_encoding: of the feature maps' cells.
         proposals: predicts class and box at every token of the encoder.
-        positive_queries: one module for each auxiliary head.
+        positive_queries: one module for each auxiliary head, by its name.
         criterion: the losses.
         embed_dim: channels.
         num_queries: number of matching queries.
@@ -62,7 +63,7 @@ class QueryHead(nn.Module):
         decoder: DeformableDecoder,
         position_encoding: SinePositionEncoding,
         proposals: TwoStageProposals,
-        positive_queries: list[PositiveQueries],
+        positive_queries: dict[str, PositiveQueries],
         criterion: SetCriterion,
         embed_dim: int,
         num_queries: int,
@@ -75,7 +76,7 @@ class QueryHead(nn.Module):
         self.decoder = decoder
         self.position_encoding = position_encoding
         self.proposals = proposals
-        self.positive_queries = nn.ModuleList(positive_queries)
+        self.positive_queries = nn.ModuleDict(positive_queries)
         self.criterion = criterion
         self.embed_dim = embed_dim
         self.num_queries = num_queries
@@ -111,17 +112,22 @@ class QueryHead(nn.Module):
         Returns:
             The losses of :class:`SetCriterion`, those of the positive queries with ``_aux_<head>`` in their names, and
             the predictions for the matching queries.
+
+        Raises:
+            ValueError: ``samples`` are not those of the heads that the positive queries were built for.
         """
         proposals = self.proposals(memory)
         index = self.best_proposals(proposals)
         encoder_output, boxes = self.encoder_output(proposals, index)
         targets = Targets(instances, memory.image_sizes_xyxy)
         groups = [self.matching_queries(boxes.detach()), *self.extra_queries(targets)]
-        for head, module in zip(samples, self.positive_queries):
-            groups.append(module(samples[head], memory.image_sizes_xyxy, name=f"_aux_{head}"))
+        if samples.keys() != self.positive_queries.keys():
+            raise ValueError(f"candidates of {list(samples)}, but positive queries for {list(self.positive_queries)}")
+        for head, module in self.positive_queries.items():
+            group = module(samples[head], memory.image_sizes_xyxy, name=f"_aux_{head}")
+            groups.append(dataclasses.replace(group, loss_weight=self.positive_weight))
         outputs = self.decoder(groups, memory)
-        losses = self.criterion(outputs, encoder_output, targets)
-        return {k: v * self.positive_weight if "_aux_" in k else v for k, v in losses.items()}, outputs[0]
+        return self.criterion(outputs, encoder_output, targets), outputs[0]
 
     def inference(self, memory: FeaturePyramid) -> list[Instances]:
         """The detections of each image, in pixels of the network input."""
@@ -191,12 +197,12 @@ def query_head_arguments(
         "decoder": DeformableDecoder(num_classes=num_classes, **transformer_args(options.DECODER), **decoder),
         "position_encoding": position_encoding,
         "proposals": TwoStageProposals(dim, num_classes),
-        "positive_queries": [
-            PositiveQueries(
+        "positive_queries": {
+            name: PositiveQueries(
                 dim, num_classes, positives.MAX_PER_HEAD, positives.MIN_PER_HEAD, positives.PADDING, content_only
             )
-            for _ in options.AUX_HEADS
-        ],
+            for name in auxiliary_head_names(options.AUX_HEADS)
+        },
         "criterion": SetCriterion(
             num_classes,
             HungarianMatcher(options.COST_CLS, options.COST_BOX, options.COST_GIOU),
