@@ -15,7 +15,7 @@ from torch import multiprocessing
 from codetr_d2.config import add_codetr_config
 from codetr_d2.distributed import reduce_mean
 from codetr_d2.modeling.auxiliary import build_auxiliary_head
-from codetr_d2.modeling.structures import FeaturePyramid
+from codetr_d2.modeling.pyramid import FeaturePyramid, Geometry
 
 CONFIG = Path(__file__).parents[1] / "configs" / "_base_" / "co_deformable_detr.yaml"
 STRIDES = [8, 16, 32, 64, 128]
@@ -40,16 +40,7 @@ def gradients(images):
     torch.manual_seed(0)
     shapes = [(math.ceil(SIZE[0] / s), math.ceil(SIZE[1] / s)) for s in STRIDES]
     tokens = torch.randn(2, sum(h * w for h, w in shapes), 16)[images]
-    pyramid = FeaturePyramid(
-        tokens=tokens,
-        padding_mask=torch.zeros(tokens.shape[:2], dtype=torch.bool),
-        shapes=shapes,
-        strides=STRIDES,
-        image_sizes=[SIZE] * len(images),
-        batch_shape=SIZE,
-        padded_sizes=[SIZE] * len(images),
-        valid_ratios=torch.ones(len(images), len(STRIDES), 2),
-    )
+    pyramid = FeaturePyramid(tokens, Geometry.build(shapes, STRIDES, [SIZE] * len(images), SIZE))
     targets = []
     for i in images:
         boxes = torch.tensor(OBJECTS[i], dtype=torch.float32)

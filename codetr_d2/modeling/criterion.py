@@ -51,13 +51,13 @@ class SetCriterion(nn.Module):
     def forward(
         self,
         outputs: list[DecoderOutput],
-        encoder_output: DecoderOutput,
+        encoder_output: DecoderOutput | None,
         targets: Targets,
     ) -> dict[str, Tensor]:
         """
         Args:
             outputs: the decoder's predictions for each group of queries.
-            encoder_output: the encoder's predictions, as one more layer without a group.
+            encoder_output: the encoder's predictions, as one more layer without a group; None where it has none.
             targets: the ground truth.
 
         Returns:
@@ -65,7 +65,8 @@ class SetCriterion(nn.Module):
             them (the last layer has none), and with ``_enc`` for the encoder's proposals.
         """
         matched = [output for output in outputs if output.group.labels is None]
-        matched.append(encoder_output)
+        if encoder_output is not None:
+            matched.append(encoder_output)
         costs = []
         for output in matched:
             labels = self.target_labels(output, targets)

@@ -1,14 +1,12 @@
 """Co-DETR: a DETR trained together with auxiliary heads that assign one to many (paper, section 3)."""
 
 import contextlib
-import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, ResNet, build_backbone
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
@@ -16,15 +14,15 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import InputError
 from .auxiliary import auxiliary_head_names, build_auxiliary_head
-from .backbones.folded_batch_norm import fold_frozen_batch_norm
-from .backbones.resnet import checkpoint_resnet_blocks
+from .backbones.resnet import CheckpointedResNet
 from .masks.refine import RefineMaskHead
 from .neck import ChannelMapper, ConvGN
 from .postprocess import detections_from_queries
+from .pyramid import FeaturePyramid, build_pyramid
 from .query_heads import QUERY_HEAD_REGISTRY
-from .structures import FeaturePyramid
+from .structures import DecoderOutput
 
-__all__ = ["CoDETR", "build_pyramid"]
+__all__ = ["CoDETR"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -115,9 +113,8 @@ class CoDETR(nn.Module):
         if cfg.MODEL.DEVICE == "cpu":
             ops.keep_freed_memory()
         backbone = build_backbone(cfg)
-        fold_frozen_batch_norm(backbone)
-        if cfg.MODEL.RESNETS.ACTIVATION_CHECKPOINTING:
-            checkpoint_resnet_blocks(backbone)
+        if cfg.MODEL.RESNETS.ACTIVATION_CHECKPOINTING and isinstance(backbone, ResNet):
+            backbone = CheckpointedResNet(backbone)
         shapes = backbone.output_shape()
         for name in options.IN_FEATURES:
             if name not in shapes:
@@ -190,11 +187,11 @@ class CoDETR(nn.Module):
                 return self.losses(images, batched_inputs)
         half = self.inference_dtype != torch.float32
         with torch.autocast(self.device.type, self.inference_dtype) if half else contextlib.nullcontext():
-            return self.inference(self.query_head.encode(self.extract_features(images)), batched_inputs)
+            return self.inference(images, batched_inputs)
 
     def losses(self, images: ImageList, batched_inputs: list[dict]) -> dict[str, Tensor]:
         """The losses of all heads, by name."""
-        memory = self.query_head.encode(self.extract_features(images))
+        memory = self.encode(self.features(images))
         instances = [x["instances"].to(self.device) for x in batched_inputs]
         losses, samples = {}, {}
         if self.auxiliary_heads:
@@ -205,32 +202,58 @@ class CoDETR(nn.Module):
         query_losses, output = self.query_head.losses(memory, samples, instances)
         losses.update(query_losses)
         if self.mask_head is not None:
-            logits, boxes = output.logits[-1].detach(), output.boxes[-1].detach()
-            detections = detections_from_queries(logits, boxes, memory.image_sizes, self.query_head.max_detections)
+            logits, boxes, sizes = output.logits[-1].detach(), output.boxes[-1].detach(), memory.geometry.image_sizes
+            detections = detections_from_queries(logits, boxes, sizes, self.query_head.max_detections)
             losses.update(self.mask_head.losses(memory, detections, instances))
         return losses
 
-    def extract_features(self, images: ImageList) -> FeaturePyramid:
-        """The levels that the encoder reads."""
+    def features(self, images: ImageList) -> FeaturePyramid:
+        """Normalised images -> the levels that the encoder reads."""
         features = self.backbone(images.tensor.contiguous(memory_format=map_layout(images.device)))
         levels = [features[name] for name in self.in_features]
         if self.neck is not None:
             levels = self.neck(levels)
-        if self.canvas_size > 0:
-            images = ImageList(images.tensor, [(self.canvas_size, self.canvas_size)] * len(images))
-        return build_pyramid(levels, self.strides, images, self.size_divisibility)
+        batch_shape = tuple(images.tensor.shape[-2:])
+        sizes = [batch_shape] * len(images) if self.canvas_size > 0 else [tuple(x) for x in images.image_sizes]
+        return build_pyramid(levels, self.strides, sizes, batch_shape, self.size_divisibility)
 
-    def inference(self, memory: FeaturePyramid, batched_inputs: list[dict]) -> list[dict]:
-        """Detections of the head chosen by ``eval_head``, in the pixels that each input asks for."""
-        if self.eval_head == "detr":
-            results = self.query_head.inference(memory)
-        else:
-            results = self.auxiliary_heads[self.eval_head].inference(self.auxiliary_pyramid(memory))
+    def encode(self, pyramid: FeaturePyramid) -> FeaturePyramid:
+        """The levels -> the encoder's output."""
+        return self.query_head.encode(pyramid)
+
+    def predict(self, memory: FeaturePyramid) -> DecoderOutput:
+        """The encoder's output -> raw predictions of every decoder layer."""
+        return self.query_head.predict(memory)
+
+    def finish(self, results: list[Instances], memory: FeaturePyramid, batched_inputs: list[dict]) -> list[dict]:
+        """Detections in pixels of the network input -> with their masks, in the pixels that each input asks for."""
         if self.mask_head is not None:
             results = self.mask_head.inference(memory, results)
         elif self.roi_masks and not results[0].has("pred_masks"):
             results = self.auxiliary_heads["roi"].predict_masks(memory, results)
         return [{"instances": rescale(result, x)} for result, x in zip(results, batched_inputs)]
+
+    def inference(self, images: ImageList, batched_inputs: list[dict]) -> list[dict]:
+        """Detections of the head chosen by ``eval_head``: features -> encode -> predict -> finish."""
+        memory = self.encode(self.features(images))
+        if self.eval_head == "detr":
+            results = self.query_head.finish(self.predict(memory), memory)
+        else:
+            results = self.auxiliary_heads[self.eval_head].inference(self.auxiliary_pyramid(memory))
+        return self.finish(results, memory, batched_inputs)
+
+    def raw_predictions(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The tensor core, for export and compilation: no lists, no ``Instances``, nothing that waits for the device.
+
+        Args:
+            images: [B, C, H, W] normalised images without padding, or on their canvas.
+
+        Returns:
+            [B, Q, K] class logits and [B, Q, 4] boxes (cxcywh, normalised by the image) of the last decoder layer.
+        """
+        sizes = [tuple(images.shape[-2:])] * len(images)
+        output = self.predict(self.encode(self.features(ImageList(images, sizes))))
+        return output.logits[-1], output.boxes[-1]
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images and pad them at the right and the bottom to one size.
@@ -256,56 +279,12 @@ class CoDETR(nn.Module):
 
     def auxiliary_pyramid(self, memory: FeaturePyramid) -> FeaturePyramid:
         """The encoder's output with one coarser level more."""
-        coarsest = self.auxiliary_level(memory.maps()[-1])
-        shape = tuple(coarsest.shape[-2:])
-        height, width = memory.shapes[-1]
-        mask = memory.padding_mask[:, -height * width :].unflatten(1, (height, width))
-        mask = downsample_mask(mask, shape)
-        return dataclasses.replace(
-            memory,
-            tokens=torch.cat((memory.tokens, coarsest.flatten(2).transpose(1, 2)), dim=1),
-            padding_mask=torch.cat((memory.padding_mask, mask.flatten(1)), dim=1),
-            shapes=[*memory.shapes, shape],
-            strides=[*memory.strides, 2 * memory.strides[-1]],
-            valid_ratios=torch.cat((memory.valid_ratios, valid_ratio(mask).unsqueeze(1)), dim=1),
-        )
+        return memory.with_coarser_level(self.auxiliary_level(memory.maps()[-1]))
 
 
 def map_layout(device: torch.device) -> torch.memory_format:
     """The layout of feature maps: channels last on the CPU, where it is fast, and what tokens are in anyway."""
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
-
-
-def build_pyramid(
-    levels: list[Tensor], strides: list[int], images: ImageList, size_divisibility: int = 1
-) -> FeaturePyramid:
-    """Flatten feature maps [B, C, h, w], from fine to coarse, and work out what in them is padding."""
-    unit = size_divisibility
-    height, width = images.tensor.shape[-2:]
-    mask = torch.ones((len(images), height, width), dtype=torch.bool, device=images.device)
-    for i, (h, w) in enumerate(images.image_sizes):
-        mask[i, :h, :w] = False
-    masks = [downsample_mask(mask, tuple(x.shape[-2:])) for x in levels]
-    return FeaturePyramid(
-        tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1),
-        padding_mask=torch.cat([m.flatten(1) for m in masks], dim=1),
-        shapes=[tuple(x.shape[-2:]) for x in levels],
-        strides=list(strides),
-        image_sizes=[tuple(size) for size in images.image_sizes],
-        batch_shape=(height, width),
-        padded_sizes=[(math.ceil(h / unit) * unit, math.ceil(w / unit) * unit) for h, w in images.image_sizes],
-        valid_ratios=torch.stack([valid_ratio(m) for m in masks], dim=1),
-    )
-
-
-def downsample_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """[B, H, W] bool -> [B, h, w] bool, nearest."""
-    return F.interpolate(mask.unsqueeze(1).float(), size=shape).squeeze(1) > 0.5
-
-
-def valid_ratio(mask: Tensor) -> Tensor:
-    """[B, h, w] bool, True at padding -> [B, 2] share of the width and of the height that is not."""
-    return torch.stack(((~mask[:, 0, :]).float().mean(1), (~mask[:, :, 0]).float().mean(1)), dim=-1)
 
 
 def rescale(result: Instances, model_input: dict) -> Instances:

@@ -1,117 +1,22 @@
-"""The types that flow between the rooms of the model.
+"""The types that flow between the rooms of the model, beside the :class:`~codetr_d2.modeling.pyramid.FeaturePyramid`.
 
-Shapes use B images, L feature levels, S tokens (all cells of all levels), C channels, Q queries, K classes.
+Shapes use B images, S tokens (all cells of all levels), C channels, Q queries, K classes.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from detectron2.structures import Instances
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import box_convert
 
 __all__ = [
     "DecoderOutput",
     "EncoderProposals",
-    "FeaturePyramid",
     "PositiveSamples",
     "QueryGroup",
     "Targets",
-    "once_for_each_geometry",
 ]
-
-
-@dataclass
-class FeaturePyramid:
-    """Feature maps of several strides, flattened to one sequence of tokens.
-
-    Tokens go level by level from the finest to the coarsest one, row by row inside a level.
-
-    Attributes:
-        tokens: [B, S, C] features.
-        padding_mask: [B, S] bool, True where a token lies in the padding of its image.
-        shapes: (height, width) of each level.
-        strides: pixels of the network input that a cell of each level spans.
-        image_sizes: (height, width) of each image inside the padded batch, in pixels: what "valid" means.
-        batch_shape: (height, width) of the padded batch, in pixels.
-        padded_sizes: image_sizes with each image padded as if it were alone in its batch: where anchors may lie.
-        valid_ratios: [B, L, 2] share of each level that is not padding, as (x, y).
-    """
-
-    tokens: Tensor
-    padding_mask: Tensor
-    shapes: list[tuple[int, int]]
-    strides: list[int]
-    image_sizes: list[tuple[int, int]]
-    batch_shape: tuple[int, int]
-    padded_sizes: list[tuple[int, int]]
-    valid_ratios: Tensor
-
-    @property
-    def spatial_shapes(self) -> Tensor:
-        """[L, 2] int64 tensor of ``shapes``, on the CPU or the device of the tokens alike."""
-        return torch.as_tensor(self.shapes, dtype=torch.int64, device=self.tokens.device)
-
-    @property
-    def level_start_index(self) -> Tensor:
-        """[L] int64, the index of each level's first token."""
-        sizes = self.spatial_shapes.prod(1)
-        return sizes.cumsum(0) - sizes
-
-    @property
-    def value_mask(self) -> Tensor | None:
-        """``padding_mask`` for attention, None where no image is padded: there is nothing to leave out then."""
-        return None if all(size == self.batch_shape for size in self.image_sizes) else self.padding_mask
-
-    @property
-    def geometry(self) -> tuple:
-        """What everything that does not depend on the features is made from; it can be compared."""
-        return tuple(self.shapes), tuple(self.image_sizes), self.batch_shape, self.tokens.device
-
-    @property
-    def image_sizes_xyxy(self) -> Tensor:
-        """[B, 4] float32, (width, height, width, height) of each image in pixels: the scale of normalised boxes."""
-        sizes = [(w, h, w, h) for h, w in self.image_sizes]
-        return torch.as_tensor(sizes, dtype=torch.float32, device=self.tokens.device)
-
-    @property
-    def cell_centres(self) -> Tensor:
-        """[B, S, 2] float32, the centre of each token's cell as (x, y), normalised by the valid part of its level."""
-        device = self.tokens.device
-        centres = []
-        for level, (height, width) in enumerate(self.shapes):
-            y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
-            x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
-            cells = torch.stack((x.repeat(height), y.repeat_interleave(width)), dim=-1)  # [h * w, 2]
-            centres.append(cells / (self.valid_ratios[:, None, level] * torch.tensor([width, height], device=device)))
-        return torch.cat(centres, dim=1)
-
-    def maps(self) -> list[Tensor]:
-        """The levels as maps, each [B, C, height, width], in channels-last layout."""
-        levels = self.tokens.split([h * w for h, w in self.shapes], dim=1)
-        # In this order the strides are those of channels last for a single image too, and convolutions take it as such.
-        return [x.unflatten(1, shape).permute(0, 3, 1, 2) for x, shape in zip(levels, self.shapes)]
-
-
-def once_for_each_geometry(method: Callable[[nn.Module, FeaturePyramid], Any]) -> Callable:
-    """Decorate a module's method whose result depends on the geometry of a pyramid alone: the last one is kept."""
-    name = f"_last_{method.__name__}"
-
-    @functools.wraps(method)
-    def wrapper(module: nn.Module, pyramid: FeaturePyramid) -> Any:
-        if torch.compiler.is_compiling():  # a graph holds no state
-            return method(module, pyramid)
-        geometry, result = module.__dict__.get(name, (None, None))
-        if geometry != pyramid.geometry:
-            with torch.no_grad():
-                result = method(module, pyramid)
-            module.__dict__[name] = pyramid.geometry, result
-        return result
-
-    return wrapper
 
 
 class Targets:

@@ -10,7 +10,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 
 from codetr_d2.config import add_codetr_config
-from codetr_d2.modeling.structures import FeaturePyramid
+from codetr_d2.modeling.pyramid import FeaturePyramid, Geometry
 
 ROOT = Path(__file__).parents[2]
 STRIDES = [8, 16, 32, 64, 128]
@@ -40,23 +40,14 @@ def make_pyramid():
         generator = torch.Generator().manual_seed(seed)
         canvas = canvas or tuple(max(x) for x in zip(*image_sizes))
         shapes = [(math.ceil(canvas[0] / s), math.ceil(canvas[1] / s)) for s in STRIDES]
-        maps, masks = [], []
-        for stride, (h, w) in zip(STRIDES, shapes):
-            maps.append(torch.randn(len(image_sizes), channels, h, w, generator=generator))
-            mask = torch.ones(len(image_sizes), h, w, dtype=torch.bool)
-            for i, size in enumerate(image_sizes):
-                mask[i, : math.ceil(size[0] / stride), : math.ceil(size[1] / stride)] = False
-            masks.append(mask)
-        return FeaturePyramid(
-            tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1),
-            padding_mask=torch.cat([x.flatten(1) for x in masks], dim=1),
-            shapes=shapes,
-            strides=STRIDES,
-            image_sizes=image_sizes,
-            batch_shape=canvas,
-            padded_sizes=image_sizes,
-            valid_ratios=torch.ones(len(image_sizes), len(STRIDES), 2),
-        )
+        maps = [torch.randn(len(image_sizes), channels, h, w, generator=generator) for h, w in shapes]
+
+        def padding(axis):  # cells that an image does not reach at all
+            sizes = torch.tensor(image_sizes)[:, axis, None]
+            return [torch.arange(x[axis]) >= (sizes / s).ceil() for s, x in zip(STRIDES, shapes)]
+
+        geometry = Geometry(shapes, STRIDES, image_sizes, canvas, image_sizes, padding(0), padding(1))
+        return FeaturePyramid(torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1), geometry)
 
     return make
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from codetr_d2 import add_codetr_config
 from codetr_d2.errors import InputError
-from codetr_d2.modeling.meta_arch import auxiliary_head_names, build_pyramid
+from codetr_d2.modeling.auxiliary import auxiliary_head_names
 from tests.tiny_run import CONFIGS
 
 
@@ -311,11 +311,12 @@ def test_canvas():
     padded = torch.full((3, 160, 160), 114.0)
     padded[:, :96, :128] = image
     with torch.no_grad():
-        pyramid = model.extract_features(model.preprocess([sample]))
-        again = model.extract_features(model.preprocess([{"image": padded}]))
-        assert torch.equal(pyramid.tokens, again.tokens) and not pyramid.padding_mask.any()
-        assert pyramid.image_sizes == pyramid.padded_sizes == [(160, 160)]
-        assert (pyramid.valid_ratios == 1).all()
+        pyramid = model.features(model.preprocess([sample]))
+        again = model.features(model.preprocess([{"image": padded}]))
+        assert torch.equal(pyramid.tokens, again.tokens) and not pyramid.geometry.padding_mask.any()
+        geometry = pyramid.geometry
+        assert geometry.image_sizes == geometry.padded_sizes == [(160, 160)]
+        assert (geometry.valid_ratios == 1).all()
         [small] = model([{"image": image, "height": 192, "width": 256}])
         [raw] = model([{"image": padded}])
     small, raw = small["instances"], raw["instances"]
@@ -330,9 +331,10 @@ def test_canvas():
 
 def test_images_are_padded_to_a_multiple():
     model = build("MODEL.CODETR.SIZE_DIVISIBILITY", 48)
-    pyramid = model.extract_features(model.preprocess(make_batch(1, 1)))  # 96 x 128 and 112 x 120 pixels
-    assert pyramid.shapes[0] == (144 // 8, 144 // 8)
-    assert pyramid.image_sizes == [(96, 128), (112, 120)] and pyramid.padded_sizes == [(96, 144), (144, 144)]
+    pyramid = model.features(model.preprocess(make_batch(1, 1)))  # 96 x 128 and 112 x 120 pixels
+    geometry = pyramid.geometry
+    assert geometry.shapes[0] == (144 // 8, 144 // 8)
+    assert geometry.image_sizes == [(96, 128), (112, 120)] and geometry.padded_sizes == [(96, 144), (144, 144)]
     with pytest.raises(InputError, match="MODEL.CODETR.CANVAS_SIZE is 100.*a multiple of 48"):
         build("MODEL.CODETR.SIZE_DIVISIBILITY", 48, "MODEL.CODETR.CANVAS_SIZE", 100)
 
@@ -365,16 +367,3 @@ def test_names_of_heads():
 def test_unknown_head():
     with pytest.raises(InputError, match="MODEL.CODETR.AUX_HEADS.*'fcox'.*atss"):
         build(aux_heads=("fcox",))
-
-
-def test_pyramid():
-    images = ImageList(torch.zeros(2, 3, 32, 48), [(32, 48), (17, 24)])
-    levels = [torch.arange(2 * 4 * 24.0).view(2, 4, 4, 6), torch.randn(2, 4, 2, 3)]
-    pyramid = build_pyramid(levels, [8, 16], images)
-    for ours, expected in zip(pyramid.maps(), levels):
-        assert torch.equal(ours, expected)
-    assert pyramid.level_start_index.tolist() == [0, 24] and pyramid.spatial_shapes.tolist() == [[4, 6], [2, 3]]
-    mask = pyramid.padding_mask[1, :24].view(4, 6)  # cells start at pixels 0, 8, 16, 24; the image has 17 rows
-    assert (~mask).sum() == 9 and not mask[:3, :3].any()
-    torch.testing.assert_close(pyramid.valid_ratios[1, 0], torch.tensor([3 / 6, 3 / 4]))
-    assert pyramid.image_sizes_xyxy.tolist() == [[48, 32, 48, 32], [24, 17, 24, 17]]

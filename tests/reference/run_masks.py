@@ -13,13 +13,13 @@ def run_masks(model: torch.nn.Module, batch: list[dict], recorded: dict[str, Ten
     ``masks`` is not packed: [detections, height, width] bool.
     """
     model.eval()
-    memory = model.query_head.encode(model.extract_features(model.preprocess(batch)))
+    memory = model.query_head.encode(model.features(model.preprocess(batch)))
     boxes, labels = Boxes(recorded["mask_rois"]), recorded["mask_labels"]
     maps = memory.maps()
     logits, ious = model.mask_head.predict(maps, model.mask_head.semantic_maps(maps), [boxes], labels)
     values = {f"mask_stage_logits_{i}": x for i, x in enumerate(logits)} | {"mask_iou": ious}
 
-    found = Instances(memory.image_sizes[0], pred_boxes=boxes, pred_classes=labels)
+    found = Instances(memory.geometry.image_sizes[0], pred_boxes=boxes, pred_classes=labels)
     found.scores = recorded["det_scores_0"][recorded["mask_det_indices"]]
     [found] = model.mask_head.inference(memory, [found])
     values["mask_score"] = found.mask_scores

@@ -30,7 +30,7 @@ def run_inference(model: torch.nn.Module, batch: list[dict], recorded: dict[str,
         features = [model.backbone.net(images.tensor)]
     else:
         features = list(model.backbone(images.tensor).values())
-    pyramid = model.extract_features(images)
+    pyramid = model.features(images)
     values = {f"backbone_{i}": x for i, x in enumerate(features)}
     values |= {f"neck_{i}": x for i, x in enumerate(pyramid.maps())}
 
@@ -55,7 +55,9 @@ def run_inference(model: torch.nn.Module, batch: list[dict], recorded: dict[str,
         "cls_logits": output.logits,
         "boxes": output.boxes,
     }
-    found = detections_from_queries(output.logits[-1], output.boxes[-1], memory.image_sizes, head.max_detections)
+    found = detections_from_queries(
+        output.logits[-1], output.boxes[-1], memory.geometry.image_sizes, head.max_detections
+    )
     values |= detections("det_nonms", found)
     values |= detections("det", head.inference(memory))
     # The model as a whole gives what its parts give, but for what lies in the padding of a canvas.
@@ -72,7 +74,9 @@ def run_inference(model: torch.nn.Module, batch: list[dict], recorded: dict[str,
         values |= run_roi_head(model.auxiliary_heads["roi"], pyramid, recorded)
     if "atss" in model.auxiliary_heads:
         atss = model.auxiliary_heads["atss"]
-        for i, ((logits, deltas, centerness), (height, width)) in enumerate(zip(atss.predict(maps), pyramid.shapes)):
+        for i, ((logits, deltas, centerness), (height, width)) in enumerate(
+            zip(atss.predict(maps), pyramid.geometry.shapes)
+        ):
             for name, x in (("cls", logits), ("reg", deltas), ("ctr", centerness.unsqueeze(-1))):
                 values[f"atss_{name}_{i}"] = x.transpose(1, 2).unflatten(2, (height, width))
         values |= detections("atss_det", atss.inference(pyramid))

@@ -15,7 +15,8 @@ from torchvision.ops import generalized_box_iou_loss
 from ...distributed import reduce_mean
 from ...layers import focal_loss, soft_nms
 from ..assigners.atss import assign_atss
-from ..structures import FeaturePyramid, PositiveSamples
+from ..pyramid import FeaturePyramid
+from ..structures import PositiveSamples
 from .anchors import valid_anchors
 from .base import AUX_HEAD_REGISTRY, AuxiliaryHead
 
@@ -136,12 +137,12 @@ class ATSSHead(AuxiliaryHead):
         levels = self.anchor_generator(maps)
         anchors = Boxes.cat(levels).tensor  # [S, 4]
         valid, labels, target_boxes = [], [], []
-        for size, x in zip(pyramid.padded_sizes, targets):
+        for size, x in zip(pyramid.geometry.padded_sizes, targets):
             valid.append(torch.cat(valid_anchors(levels, self.strides, size)))
             # How many these are on each level, without a look at the device.
             counts = [
                 math.prod(min(math.ceil(side / stride), cells) for side, cells in zip(size, shape))
-                for stride, shape in zip(self.strides, pyramid.shapes)
+                for stride, shape in zip(self.strides, pyramid.geometry.shapes)
             ]
             image_labels, image_boxes = self._assign(anchors, valid[-1], counts, x)
             labels.append(image_labels)
@@ -231,7 +232,7 @@ class ATSSHead(AuxiliaryHead):
         predictions = self.predict(maps)
         return [
             self._inference_single_image(size, anchors, [[x[i] for x in level] for level in predictions])
-            for i, size in enumerate(pyramid.image_sizes)
+            for i, size in enumerate(pyramid.geometry.image_sizes)
         ]
 
     def _inference_single_image(

@@ -7,7 +7,8 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ..structures import FeaturePyramid, PositiveSamples
+from ..pyramid import FeaturePyramid
+from ..structures import PositiveSamples
 
 __all__ = ["AUX_HEAD_REGISTRY", "AuxiliaryHead", "auxiliary_head_names", "build_auxiliary_head"]
 

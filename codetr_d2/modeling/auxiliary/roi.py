@@ -26,7 +26,8 @@ from ...errors import InputError
 from ...layers import soft_nms
 from ...ops import FastNMS, roi_align
 from ..assigners.max_iou import MaxIoUMatcher
-from ..structures import FeaturePyramid, PositiveSamples
+from ..pyramid import FeaturePyramid
+from ..structures import PositiveSamples
 from .anchors import valid_anchors
 from .base import AUX_HEAD_REGISTRY, AuxiliaryHead
 
@@ -303,13 +304,13 @@ class ROIHead(AuxiliaryHead):
 
     def _inputs(self, pyramid: FeaturePyramid) -> tuple[ImageList, dict[str, Tensor]]:
         # detectron2's heads read nothing but the sizes from the images.
-        return ImageList(pyramid.tokens, pyramid.image_sizes), dict(zip(self.level_names, pyramid.maps()))
+        return ImageList(pyramid.tokens, pyramid.geometry.image_sizes), dict(zip(self.level_names, pyramid.maps()))
 
     def forward(self, pyramid: FeaturePyramid, targets: list[Instances]) -> tuple[dict[str, Tensor], PositiveSamples]:
         """See the base class."""
         images, features = self._inputs(pyramid)
         # Where anchors may lie is the pyramid's affair: cells that an image reaches with its own padding.
-        anchor_targets = [Instances(size, **x.get_fields()) for size, x in zip(pyramid.padded_sizes, targets)]
+        anchor_targets = [Instances(size, **x.get_fields()) for size, x in zip(pyramid.geometry.padded_sizes, targets)]
         proposals, rpn_losses = self.proposal_generator(images, features, anchor_targets)
         proposals, roi_losses = self.roi_heads(images, features, proposals, targets)
         names = {"loss_rpn_loc": "loss_rpn_box", "loss_box_reg": "loss_box"}

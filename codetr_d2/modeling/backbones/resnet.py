@@ -1,16 +1,29 @@
 """What detectron2's ResNet lacks."""
 
-from functools import partial
-
-from detectron2.layers import CNNBlockBase
-from torch import nn
+from detectron2.modeling.backbone import ResNet
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["checkpoint_resnet_blocks"]
+__all__ = ["CheckpointedResNet"]
 
 
-def checkpoint_resnet_blocks(backbone: nn.Module) -> None:
-    """Recompute, from now on, each block of detectron2's ResNets below ``backbone`` in the backward pass."""
-    for block in backbone.modules():
-        if isinstance(block, CNNBlockBase):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+class CheckpointedResNet(ResNet):
+    """detectron2's ResNet whose blocks are recomputed in the backward pass, to save memory. Names stay the same.
+
+    Args:
+        resnet: what :func:`detectron2.modeling.backbone.build_resnet_backbone` gives; its blocks become this one's.
+    """
+
+    def __init__(self, resnet: ResNet):
+        stages = [list(getattr(resnet, name)) for name in resnet.stage_names]
+        super().__init__(resnet.stem, stages, out_features=list(resnet.output_shape()))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """[B, 3, H, W] images -> the maps of the features by name."""
+        x = self.stem(x)
+        outputs = {"stem": x}
+        for name in self.stage_names:
+            for block in getattr(self, name):
+                x = checkpoint(block, x, use_reentrant=False)
+            outputs[name] = x
+        return {name: outputs[name] for name in self.output_shape()}

@@ -12,7 +12,7 @@ from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
 
 from ...distributed import reduce_mean
-from ..structures import FeaturePyramid
+from ..pyramid import FeaturePyramid
 
 __all__ = ["RefineMaskHead", "boundary", "refine_at_boundary"]
 

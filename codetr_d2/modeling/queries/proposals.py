@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..structures import EncoderProposals, FeaturePyramid, once_for_each_geometry
+from ..pyramid import FeaturePyramid, Geometry
+from ..structures import EncoderProposals
 from ..transformer import box_branch, class_branch
 
 __all__ = ["TwoStageProposals", "gather_tokens", "prior_boxes"]
@@ -31,21 +32,14 @@ class TwoStageProposals(nn.Module):
 
     def forward(self, pyramid: FeaturePyramid) -> EncoderProposals:
         """Classes of all tokens. Args: pyramid: the encoder's output."""
-        prior_logits, invalid = self.priors(pyramid)
-        tokens = pyramid.tokens.masked_fill(invalid, 0.0)
-        embeddings = self.norm(self.proj(tokens))
+        boxes, valid = prior_boxes(pyramid.geometry)
+        invalid = ~valid.unsqueeze(-1)  # [B, S, 1]
+        embeddings = self.norm(self.proj(pyramid.tokens.masked_fill(invalid, 0.0)))
         return EncoderProposals(
             logits=self.class_embed(embeddings).float(),
-            prior_logits=prior_logits,
+            prior_logits=torch.log(boxes / (1 - boxes)).masked_fill(invalid, float("inf")),
             embeddings=embeddings,
         )
-
-    @once_for_each_geometry
-    def priors(self, pyramid: FeaturePyramid) -> tuple[Tensor, Tensor]:
-        """[B, S, 4] prior boxes before the sigmoid, +inf where there is none, and where that is [B, S, 1]."""
-        boxes, valid = prior_boxes(pyramid)
-        invalid = ~valid.unsqueeze(-1)
-        return torch.log(boxes / (1 - boxes)).masked_fill(invalid, float("inf")), invalid
 
     def box_logits(self, proposals: EncoderProposals, index: Tensor | None = None) -> Tensor:
         """The boxes, before the sigmoid, of the tokens [B, Q] ``index``, or of all: [B, Q or S, 4] cxcywh normalised by
@@ -61,15 +55,16 @@ def gather_tokens(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
-def prior_boxes(pyramid: FeaturePyramid) -> tuple[Tensor, Tensor]:
+def prior_boxes(geometry: Geometry) -> tuple[Tensor, Tensor]:
     """The box at each token's cell and whether it is a proposal at all.
 
     Returns:
         boxes: [B, S, 4] cxcywh normalised by the valid size; sides of 0.05, doubled from level to level.
         valid: [B, S] bool, False for padding and for priors that reach a border of the image.
     """
-    sides = [PRIOR_SIZE * 2.0**level for level, (h, w) in enumerate(pyramid.shapes) for _ in range(h * w)]
-    centres = pyramid.cell_centres
-    boxes = torch.cat((centres, centres.new_tensor(sides)[:, None].expand_as(centres)), dim=-1)
+    centres = geometry.cell_centres
+    levels = zip(centres.split(geometry.level_sizes, dim=1), range(len(geometry.shapes)))
+    sides = torch.cat([torch.full_like(x, PRIOR_SIZE * 2.0**level) for x, level in levels], dim=1)
+    boxes = torch.cat((centres, sides), dim=-1)
     inside = ((boxes > BORDER) & (boxes < 1 - BORDER)).all(-1)
-    return boxes, inside & ~pyramid.padding_mask
+    return boxes, inside & ~geometry.padding_mask

@@ -3,5 +3,6 @@
 from .base import QUERY_HEAD_REGISTRY, QueryHead
 from .co_deformable_detr import CoDeformableDETRHead
 from .co_dino import CoDINOHead
+from .two_stage import TwoStageQueryHead
 
-__all__ = ["QUERY_HEAD_REGISTRY", "CoDINOHead", "CoDeformableDETRHead", "QueryHead"]
+__all__ = ["QUERY_HEAD_REGISTRY", "CoDINOHead", "CoDeformableDETRHead", "QueryHead", "TwoStageQueryHead"]

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from ...layers import SinePositionEncoding, sine_embedding
 from ..queries import gather_tokens
 from ..structures import DecoderOutput, EncoderProposals, QueryGroup
-from .base import QUERY_HEAD_REGISTRY, QueryHead, query_head_arguments
+from .base import QUERY_HEAD_REGISTRY
+from .two_stage import TwoStageQueryHead, query_head_arguments
 
 __all__ = ["CoDeformableDETRHead"]
 
 
 @QUERY_HEAD_REGISTRY.register()
-class CoDeformableDETRHead(QueryHead):
+class CoDeformableDETRHead(TwoStageQueryHead):
     """Deformable DETR with two stages, mixed query selection, box refinement and looking forward twice.
 
     The encoder learns objectness at every token. The position of a query is made once, from its proposal's box.
@@ -22,7 +23,7 @@ class CoDeformableDETRHead(QueryHead):
 
     @configurable
     def __init__(self, **kwargs):
-        """Args: kwargs: those of :class:`QueryHead`."""
+        """Args: kwargs: those of :class:`TwoStageQueryHead`."""
         super().__init__(**kwargs)
         self.box_proj = nn.Linear(2 * self.embed_dim, 2 * self.embed_dim)
         self.box_norm = nn.LayerNorm(2 * self.embed_dim)

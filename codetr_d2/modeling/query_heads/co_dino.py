@@ -6,7 +6,8 @@ from torch import Tensor
 from ...layers import SinePositionEncoding
 from ..queries import ContrastiveDenoising, gather_tokens
 from ..structures import DecoderOutput, EncoderProposals, QueryGroup, Targets
-from .base import QUERY_HEAD_REGISTRY, QueryHead, query_head_arguments
+from .base import QUERY_HEAD_REGISTRY
+from .two_stage import TwoStageQueryHead, query_head_arguments
 
 __all__ = ["CoDINOHead"]
 
@@ -14,7 +15,7 @@ REFERENCE_EPS = 1e-3  # of the inverse sigmoid on reference boxes
 
 
 @QUERY_HEAD_REGISTRY.register()
-class CoDINOHead(QueryHead):
+class CoDINOHead(TwoStageQueryHead):
     """DINO: tokens are chosen by their best class, queries find their position in their box at every layer, and noised
     ground truth is a further group of queries in training. Classification is trained with the quality focal loss.
 
@@ -26,7 +27,7 @@ class CoDINOHead(QueryHead):
         """
         Args:
             denoising: makes the denoising queries, or None.
-            kwargs: those of :class:`QueryHead`.
+            kwargs: those of :class:`TwoStageQueryHead`.
         """
         super().__init__(**kwargs)
         self.denoising = denoising

@@ -12,7 +12,8 @@ from ...layers import (
     inverse_sigmoid,
     sine_embedding,
 )
-from ..structures import DecoderOutput, FeaturePyramid, QueryGroup
+from ..pyramid import FeaturePyramid
+from ..structures import DecoderOutput, QueryGroup
 from .encoder import FeedForward
 
 __all__ = ["DeformableDecoder", "DeformableDecoderLayer"]
@@ -123,8 +124,11 @@ class DeformableDecoder(nn.Module):
         if self.position_head is None:
             position = torch.cat([group.position for group in groups], dim=1)
         reference = torch.cat([group.reference_boxes for group in groups], dim=1)
-        memory = (pyramid.tokens, pyramid.spatial_shapes, pyramid.level_start_index, pyramid.value_mask)
-        level_scale = pyramid.valid_ratios.repeat(1, 1, 2).unsqueeze(1)  # [B, 1, L, 4]
+        geometry = pyramid.geometry
+        spatial_shapes = torch.tensor(geometry.shapes, device=pyramid.tokens.device)
+        level_start_index = spatial_shapes.prod(1).cumsum(0) - spatial_shapes.prod(1)
+        memory = (pyramid.tokens, spatial_shapes, level_start_index, geometry.value_mask)
+        level_scale = geometry.valid_ratios.repeat(1, 1, 2).unsqueeze(1)  # [B, 1, L, 4]
 
         states, boxes, references = [], [], [reference]
         refined = reference

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...layers import MultiScaleDeformableAttention
 from ...ops import feed_forward
-from ..structures import FeaturePyramid, once_for_each_geometry
+from ..pyramid import FeaturePyramid
 
 __all__ = ["DeformableEncoder", "DeformableEncoderLayer", "FeedForward"]
 
@@ -101,20 +101,16 @@ class DeformableEncoder(nn.Module):
         Returns:
             [B, S, C] refined tokens.
         """
-        spatial_shapes, level_start_index = pyramid.spatial_shapes, pyramid.level_start_index
-        level_embed = [x.expand(h * w, -1) for x, (h, w) in zip(self.level_embed, pyramid.shapes)]
+        geometry = pyramid.geometry
+        spatial_shapes = torch.tensor(geometry.shapes, device=pyramid.tokens.device)
+        level_start_index = spatial_shapes.prod(1).cumsum(0) - spatial_shapes.prod(1)
+        level_embed = [x.expand(size, -1) for x, size in zip(self.level_embed, geometry.level_sizes)]
         position = position + torch.cat(level_embed)
-        reference_points = self.reference_points(pyramid)
         x = pyramid.tokens
         for layer in self.layers:
-            args = (x, position, reference_points, spatial_shapes, level_start_index, pyramid.value_mask)
+            args = (x, position, geometry.reference_points, spatial_shapes, level_start_index, geometry.value_mask)
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, *args, use_reentrant=False)
             else:
                 x = layer(*args)
         return x
-
-    @once_for_each_geometry
-    def reference_points(self, pyramid: FeaturePyramid) -> Tensor:
-        """Centre of each token's cell, normalised to the padded size of each target level: [B, S, L, 2] as (x, y)."""
-        return pyramid.cell_centres.unsqueeze(2) * pyramid.valid_ratios.unsqueeze(1)

@@ -35,7 +35,7 @@ def test_candidates(head, make_pyramid, targets):
     _, samples = head(pyramid, targets)
     for i, (height, width) in enumerate(SIZES):
         expected = []
-        for stride, (h, w) in zip(pyramid.strides, pyramid.shapes):
+        for stride, (h, w) in zip(pyramid.geometry.strides, pyramid.geometry.shapes):
             for y in range(h):
                 for x in range(w):
                     inside = y < math.ceil(height / stride) and x < math.ceil(width / stride)
@@ -62,7 +62,7 @@ def test_positives_equal_the_published(cfg, input_shapes, make_pyramid, make_tar
     pyramid = make_pyramid(sizes)
     _, samples = build_auxiliary_head("atss", cfg, input_shapes)(pyramid, targets)
     for i, expected in enumerate(reference["intermediate"]["atss_assigned_inside_valid"]):
-        valid = ~pyramid.padding_mask[i]
+        valid = ~pyramid.geometry.padding_mask[i]
         positive = (samples.labels[i][valid] < 80).nonzero().squeeze(1)
         assert positive.tolist() == [anchor for anchor, _ in expected]
         classes = [reference["meta"]["gt"][i]["labels"][gt] for _, gt in expected]
@@ -83,7 +83,7 @@ def test_padding_changes_nothing(head, make_pyramid, targets):
             conv.norm = torch.nn.Identity()
     losses, samples = head(plain, targets[:1])
     padded_losses, padded_samples = head(padded, targets[:1])
-    valid = ~padded.padding_mask[0]
+    valid = ~padded.geometry.padding_mask[0]
     assert torch.equal(padded_samples.labels[0][valid], samples.labels[0])
     assert torch.equal(padded_samples.target_boxes[0][valid], samples.target_boxes[0])
     for name, loss in losses.items():
@@ -103,7 +103,7 @@ def test_losses(head, make_pyramid, targets):
     num_positive, cls, box, centerness_loss, centerness_sum = 0, 0, 0, 0, 0
     for i in range(len(SIZES)):
         logits, deltas, centerness = (x[i] for x in predictions)
-        labels, valid = samples.labels[i], ~pyramid.padding_mask[i]
+        labels, valid = samples.labels[i], ~pyramid.geometry.padding_mask[i]
         positive = (labels < 3).nonzero().squeeze(1).tolist()
         num_positive += max(len(positive), 1)
         one_hot = torch.zeros(len(labels), 4).scatter_(1, labels[:, None], 1)[:, :3]

@@ -17,6 +17,7 @@ from torchvision.ops import box_iou, generalized_box_iou_loss
 from codetr_d2.errors import InputError
 from codetr_d2.modeling.auxiliary import CoROIHeads, CoRPN, ROIHead, build_auxiliary_head
 from codetr_d2.modeling.auxiliary import roi as roi_module
+from codetr_d2.modeling.pyramid import FeaturePyramid
 from codetr_d2.ops import roi_align
 
 DATA = Path(__file__).parents[2] / "reference" / "data"
@@ -150,7 +151,7 @@ def test_roi_assignment_equals_the_published(d2_cfg, shapes, reference, make_tar
 
 def test_rpn_equals_detectron2_where_the_rules_coincide(d2_cfg, shapes, make_pyramid, make_targets, storage):
     pyramid = make_pyramid([(96, 128)])
-    images, features = ImageList(pyramid.tokens, pyramid.image_sizes), dict(zip(NAMES, pyramid.maps()))
+    images, features = ImageList(pyramid.tokens, pyramid.geometry.image_sizes), dict(zip(NAMES, pyramid.maps()))
     ours = build_proposal_generator(d2_cfg, shapes)
     d2_cfg.MODEL.PROPOSAL_GENERATOR.NAME = "RPN"
     theirs = build_proposal_generator(d2_cfg, shapes)
@@ -202,7 +203,7 @@ def test_padding_changes_no_assignment(d2_cfg, shapes, make_pyramid, make_target
 
 def test_detections_equal_detectron2(d2_cfg, shapes, make_pyramid):
     pyramid = make_pyramid([(96, 128), (80, 90)])
-    images, features = ImageList(pyramid.tokens, pyramid.image_sizes), dict(zip(NAMES, pyramid.maps()))
+    images, features = ImageList(pyramid.tokens, pyramid.geometry.image_sizes), dict(zip(NAMES, pyramid.maps()))
     ours = build_roi_heads(d2_cfg, shapes).eval()
     d2_cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     theirs = build_roi_heads(d2_cfg, shapes).eval()
@@ -247,7 +248,7 @@ def test_proposals_have_a_threshold_of_their_own_at_inference(
     d2_cfg, shapes, make_pyramid, make_targets, storage, training
 ):
     pyramid = make_pyramid([(96, 128)])
-    images, features = ImageList(pyramid.tokens, pyramid.image_sizes), dict(zip(NAMES, pyramid.maps()))
+    images, features = ImageList(pyramid.tokens, pyramid.geometry.image_sizes), dict(zip(NAMES, pyramid.maps()))
     targets = [make_targets((96, 128), [[33, 33, 63, 64]], [0])]
     d2_cfg.MODEL.RPN.NMS_THRESH, d2_cfg.MODEL.RPN.NMS_THRESH_TEST = 0.5, 0.9
     ours = build_proposal_generator(d2_cfg, shapes).train(training)
@@ -488,10 +489,9 @@ def test_masks_of_given_detections(cfg, input_shapes, make_pyramid):
     pyramid = make_pyramid([(96, 128), (80, 90)])
     head = build_auxiliary_head("roi", cfg, input_shapes).eval()
     own = head.inference(pyramid)
-    n = sum(h * w for h, w in pyramid.shapes[:-1])
-    memory = dataclasses.replace(
-        pyramid, tokens=pyramid.tokens[:, :n], shapes=pyramid.shapes[:-1], strides=pyramid.strides[:-1]
-    )
+    coarsest = pyramid.geometry.level_sizes[-1]
+    geometry = dataclasses.replace(pyramid.geometry, shapes=pyramid.geometry.shapes[:-1])
+    memory = FeaturePyramid(pyramid.tokens[:, :-coarsest], geometry)
     masks = [x.pred_masks.clone() for x in own]
     for x in own:
         x.remove("pred_masks")

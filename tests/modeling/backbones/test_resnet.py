@@ -3,7 +3,7 @@ import copy
 import torch
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 
-from codetr_d2.modeling.backbones.resnet import checkpoint_resnet_blocks
+from codetr_d2.modeling.backbones.resnet import CheckpointedResNet
 
 
 def test_recomputes_blocks():
@@ -13,8 +13,8 @@ def test_recomputes_blocks():
         out_features=["res3"],
         freeze_at=1,
     )
-    ours = copy.deepcopy(plain)
-    checkpoint_resnet_blocks(ours)
+    ours = CheckpointedResNet(copy.deepcopy(plain))
+    assert list(ours.state_dict()) == list(plain.state_dict()) and ours.output_shape() == plain.output_shape()
     calls = []
     for model in (ours, plain):
         model.res3[0].conv2.register_forward_hook(lambda module, *_: calls.append(module))

@@ -1,9 +1,7 @@
-import dataclasses
-
 import torch
 from torch import nn
 
-from codetr_d2.modeling.structures import FeaturePyramid
+from codetr_d2.modeling.pyramid import FeaturePyramid, build_pyramid
 from codetr_d2.modeling.transformer import DeformableEncoder
 from codetr_d2.modeling.transformer.encoder import FeedForward
 
@@ -12,27 +10,17 @@ OPTIONS = {"embed_dim": 32, "num_layers": 2, "num_heads": 4, "num_levels": 2, "n
 
 def pyramid_of(maps: list[torch.Tensor], valid: list[tuple[int, int]]) -> FeaturePyramid:
     """A one-image pyramid whose levels are valid in their top left (height, width)."""
-    masks, ratios = [], []
-    for x, (h, w) in zip(maps, valid):
-        mask = torch.ones(1, *x.shape[-2:], dtype=torch.bool)
-        mask[:, :h, :w] = False
-        masks.append(mask.flatten(1))
-        ratios.append([w / x.shape[-1], h / x.shape[-2]])
-    return FeaturePyramid(
-        tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1),
-        padding_mask=torch.cat(masks, dim=1),
-        shapes=[tuple(x.shape[-2:]) for x in maps],
-        strides=[8, 16],
-        image_sizes=[(8 * valid[0][0], 8 * valid[0][1])],
-        batch_shape=(8 * maps[0].shape[-2], 8 * maps[0].shape[-1]),
-        padded_sizes=[(8 * valid[0][0], 8 * valid[0][1])],
-        valid_ratios=torch.tensor([ratios]),
-    )
+    (h, w), _ = valid
+    batch_shape = tuple(8 * x for x in maps[0].shape[-2:])
+    pyramid = build_pyramid(maps, [8, 16], [(8 * h, 8 * w)], batch_shape)
+    for mask, (h, w) in zip(pyramid.geometry.level_padding, valid):
+        assert mask[0].logical_not().sum() == h * w and not mask[0, :h, :w].any()
+    return pyramid
 
 
 def test_reference_points():
     maps = [torch.randn(1, 32, 4, 8), torch.randn(1, 32, 2, 4)]
-    points = DeformableEncoder(**OPTIONS).reference_points(pyramid_of(maps, [(2, 4), (1, 2)]))
+    points = pyramid_of(maps, [(2, 4), (1, 2)]).geometry.reference_points
     assert points.shape == (1, 40, 2, 2)
     # The cell's centre as a share of the padded map, the same on both levels since their valid shares are equal.
     torch.testing.assert_close(points[0, 8 * 1 + 3], torch.tensor([[3.5 / 8, 1.5 / 4]]).expand(2, 2))
@@ -51,8 +39,8 @@ def test_padding_changes_nothing():
     padded_position = [torch.nn.functional.pad(x, (0, x.shape[-1], 0, x.shape[-2])) for x in position]
     sizes = [(4, 6), (2, 3)]
     alone, together = pyramid_of(maps, sizes), pyramid_of(padded, sizes)
-    expected = dataclasses.replace(alone, tokens=encoder(alone, pyramid_of(position, sizes).tokens)).maps()
-    output = dataclasses.replace(together, tokens=encoder(together, pyramid_of(padded_position, sizes).tokens)).maps()
+    expected = alone.with_tokens(encoder(alone, pyramid_of(position, sizes).tokens)).maps()
+    output = together.with_tokens(encoder(together, pyramid_of(padded_position, sizes).tokens)).maps()
     for ours, theirs, (h, w) in zip(output, expected, sizes):
         torch.testing.assert_close(ours[..., :h, :w], theirs, rtol=1e-4, atol=1e-5)
 

@@ -1,0 +1,138 @@
+"""What two-stage deformable query heads have in common: the encoder, proposals at its tokens, mixed selection."""
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from ...layers import SinePositionEncoding
+from ..assigners.hungarian import HungarianMatcher
+from ..auxiliary import auxiliary_head_names
+from ..criterion import SetCriterion
+from ..pyramid import FeaturePyramid
+from ..queries import PositiveQueries, TwoStageProposals
+from ..structures import DecoderOutput, EncoderProposals, QueryGroup
+from ..transformer import DeformableDecoder, DeformableEncoder
+from .base import QueryHead
+
+__all__ = ["TwoStageQueryHead", "query_head_arguments"]
+
+
+class TwoStageQueryHead(QueryHead):
+    """Two-stage deformable DETR with mixed query selection.
+
+    A subclass says which tokens become queries (:meth:`proposal_scores`), how these look (:meth:`matching_queries`) and
+    what of the encoder is trained (:meth:`encoder_output`).
+
+    Args:
+        encoder: of the transformer.
+        position_encoding: of the feature maps' cells.
+        proposals: predicts class and box at every token of the encoder.
+        num_queries: number of matching queries.
+        kwargs: those of :class:`QueryHead`.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: DeformableEncoder,
+        position_encoding: SinePositionEncoding,
+        proposals: TwoStageProposals,
+        num_queries: int,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.encoder = encoder
+        self.position_encoding = position_encoding
+        self.proposals = proposals
+        self.num_queries = num_queries
+        self.query_content = nn.Embedding(num_queries, self.embed_dim)
+
+    def encode(self, pyramid: FeaturePyramid) -> FeaturePyramid:
+        """See the base class; the output has the shape of the input."""
+        geometry = pyramid.geometry
+        with torch.no_grad():
+            levels = [self.position_encoding(mask, geometry.is_padded) for mask in geometry.level_padding]
+        return pyramid.with_tokens(self.encoder(pyramid, torch.cat(levels, dim=1)))
+
+    def queries_and_proposals(self, memory: FeaturePyramid) -> tuple[QueryGroup, DecoderOutput | None]:
+        """See the base class."""
+        proposals = self.proposals(memory)
+        encoder_output, boxes = self.encoder_output(proposals, self.best_proposals(proposals))
+        return self.matching_queries(boxes.detach()), encoder_output
+
+    def matching_queries_at_inference(self, memory: FeaturePyramid) -> QueryGroup:
+        """See the base class: boxes are predicted for the tokens that become queries alone."""
+        proposals = self.proposals(memory)
+        return self.matching_queries(self.proposals.box_logits(proposals, self.best_proposals(proposals)).sigmoid())
+
+    def best_proposals(self, proposals: EncoderProposals) -> Tensor:
+        """[B, Q] indices of the tokens with the highest scores, by falling score."""
+        scores = self.proposal_scores(proposals)
+        return scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
+
+    def proposal_scores(self, proposals: EncoderProposals) -> Tensor:
+        """[B, S] logits by which tokens are chosen."""
+        raise NotImplementedError
+
+    def matching_queries(self, boxes: Tensor) -> QueryGroup:
+        """Mixed query selection: the boxes [B, Q, 4] of the best proposals, learned content, and no position."""
+        content = self.query_content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1)
+        return QueryGroup(name="", content=content, reference_boxes=boxes)
+
+    def encoder_output(self, proposals: EncoderProposals, index: Tensor) -> tuple[DecoderOutput, Tensor]:
+        """The proposals that are trained, as one more layer of predictions, and the boxes of the tokens ``index``."""
+        raise NotImplementedError
+
+
+def query_head_arguments(
+    cfg: CfgNode, *, position_encoding: SinePositionEncoding, decoder: dict, criterion: dict, content_only: bool
+) -> dict:
+    """What the config says of any query head, as arguments of :class:`TwoStageQueryHead`.
+
+    Args:
+        cfg: the config.
+        position_encoding: of the feature maps' cells.
+        decoder, criterion: further arguments of these, in which the query heads differ.
+        content_only: see :class:`PositiveQueries`.
+    """
+    options = cfg.MODEL.CODETR
+    dim, num_classes = options.EMBED_DIM, options.NUM_CLASSES
+
+    def transformer_args(part: CfgNode) -> dict:
+        return {
+            "embed_dim": dim,
+            "num_layers": part.NUM_LAYERS,
+            "num_heads": part.NUM_HEADS,
+            "num_levels": options.NUM_FEATURE_LEVELS,
+            "num_points": part.NUM_POINTS,
+            "ffn_dim": part.FFN_DIM,
+            "dropout": part.DROPOUT,
+            "activation_checkpointing": options.ACTIVATION_CHECKPOINTING,
+        }
+
+    positives = options.POSITIVE_QUERIES
+    return {
+        "encoder": DeformableEncoder(**transformer_args(options.ENCODER)),
+        "decoder": DeformableDecoder(num_classes=num_classes, **transformer_args(options.DECODER), **decoder),
+        "position_encoding": position_encoding,
+        "proposals": TwoStageProposals(dim, num_classes),
+        "positive_queries": {
+            name: PositiveQueries(
+                dim, num_classes, positives.MAX_PER_HEAD, positives.MIN_PER_HEAD, positives.PADDING, content_only
+            )
+            for name in auxiliary_head_names(options.AUX_HEADS)
+        },
+        "criterion": SetCriterion(
+            num_classes,
+            HungarianMatcher(options.COST_CLS, options.COST_BOX, options.COST_GIOU),
+            weight_cls=options.LOSS_CLS,
+            weight_box=options.LOSS_BOX,
+            weight_giou=options.LOSS_GIOU,
+            **criterion,
+        ),
+        "embed_dim": dim,
+        "num_queries": options.NUM_QUERIES,
+        "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        "soft_nms_thresh": options.SOFT_NMS_THRESH,
+        "positive_weight": options.LAMBDA1,
+    }
