@@ -1,0 +1,83 @@
+"""A model that has been used is as good as a new one: no state is left behind but its weights."""
+
+import copy
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.small_model import build, make_batch, train_step
+
+both_heads = pytest.mark.parametrize("query_head", ["CoDeformableDETRHead", "CoDINOHead"])
+
+
+def detect(model, batch) -> list[torch.Tensor]:
+    model.eval()
+    with torch.no_grad():
+        found = [x["instances"] for x in model(batch)]
+    return [torch.cat((x.pred_boxes.tensor, x.scores[:, None], x.pred_classes[:, None]), dim=1) for x in found]
+
+
+def assert_equal(ours, expected):
+    assert len(ours) == len(expected)
+    for x, y in zip(ours, expected):
+        assert torch.equal(x, y)
+
+
+@both_heads
+def test_trains_after_inference_mode(query_head):
+    """At the same size: tensors of inference mode must not be met again by autograd."""
+    model = build("MODEL.CODETR.QUERY_HEAD", query_head)
+    batch = make_batch(2, 1)
+    expected = train_step(copy.deepcopy(model), batch)
+    with torch.inference_mode():
+        model.eval()(batch)
+    losses = train_step(model, batch)
+    for name, value in losses.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@both_heads
+def test_copies_of_a_used_model(query_head):
+    model = build("MODEL.CODETR.QUERY_HEAD", query_head)
+    batch = make_batch(2, 1)
+    train_step(model, batch)
+    expected = detect(model, batch)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+    with torch.no_grad():
+        for p in model.parameters():  # they share nothing with it
+            p.zero_()
+    for other in copies:
+        assert_equal(detect(other, batch), expected)
+        assert all(torch.isfinite(x) for x in train_step(other, batch).values())
+
+
+@both_heads
+def test_threads(query_head):
+    """One model that several threads ask at once, for images of several sizes."""
+    model = build("MODEL.CODETR.QUERY_HEAD", query_head).eval()
+    batches = [make_batch(1), make_batch(1, 1), make_batch(1, 1, 1)] * 3
+    expected = [detect(model, batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for ours, theirs in zip(pool.map(lambda batch: detect(model, batch), batches), expected):
+            assert_equal(ours, theirs)
+
+
+@both_heads
+def test_raw_predictions_are_those_of_inference(query_head):
+    model = build("MODEL.CODETR.QUERY_HEAD", query_head).eval()
+    batch = make_batch(0)
+    with torch.no_grad():
+        logits, boxes = model.raw_predictions(model.preprocess(batch).tensor)
+        [found] = model(batch)
+    found = found["instances"]
+    assert torch.equal(found.scores, logits[0].sigmoid().flatten().topk(len(found)).values)
+    height, width = batch[0]["image"].shape[-2:]
+    centre = boxes[0, logits[0].amax(1).argmax(), :2] * torch.tensor([width, height])
+    best = found.pred_boxes.tensor[0]
+    assert (best[:2] <= centre).all() and (centre <= best[2:]).all()
