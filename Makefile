@@ -87,7 +87,7 @@ $(REQUIREMENTS_DONE): requirements.txt tools/install_detectron2.py
 	    || { echo 'error: the installation in $(VENV) is damaged. Make it anew: rm -rf "$(VENV)" && make setup' >&2; exit 1; }
 	@touch "$@"
 
-$(SETUP_DONE): $(REQUIREMENTS_DONE) setup.py pyproject.toml $(wildcard codetr_d2/ops/csrc/*)
+$(SETUP_DONE): $(REQUIREMENTS_DONE) setup.py pyproject.toml $(wildcard codetr_d2/ops/*.h codetr_d2/ops/*/*.cpp codetr_d2/ops/*/*.h)
 	@PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable . \
 	    || { echo 'error: could not install codetr_d2 itself; the lines above say why. Mend that, then: make setup' >&2; exit 1; }
 	@touch "$@"

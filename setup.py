@@ -52,11 +52,8 @@ class OptionalBuildExtension(BuildExtension):
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: single-threaded there
 extension = CppExtension(
     "codetr_d2._C",
-    [
-        f"codetr_d2/ops/csrc/{name}.cpp"
-        for name in ("ms_deform_attn_cpu", "feed_forward_cpu", "roi_align_cpu", "nms_cpu", "cpu_allocator")
-    ],
-    depends=["codetr_d2/ops/csrc/instruction_sets.h"],
+    sorted(map(str, Path("codetr_d2/ops").glob("*/*.cpp"))),
+    depends=sorted(map(str, Path("codetr_d2/ops").rglob("*.h"))),
     # No -march=native: the file holds the kernels of several instruction sets, and the build may move.
     extra_compile_args=["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", *openmp],
     extra_link_args=openmp,
@@ -69,7 +66,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["codetr_d2", "codetr_d2.*"]),
-    package_data={"codetr_d2.ops": ["csrc/*.cpp", "csrc/*.h"]},
+    package_data={"codetr_d2.ops": ["*.h", "*/*.cpp", "*/*.h"]},
     install_requires=[
         "torch>=2.6",  # reads checkpoints of strangers without running what they hold
         "torchvision",

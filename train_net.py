@@ -21,6 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 from codetr_d2.config.config_file import resolve_device
 from codetr_d2.engine import check_config, check_output_dir, evaluate, load_config, run_processes, setup, train
 from codetr_d2.errors import InputError
+from codetr_d2.ops import keep_freed_memory
 
 # isort: split
 import torch
@@ -52,6 +53,8 @@ def check_processes(args: argparse.Namespace, device: str) -> int:
 
 def run_job(cfg: CfgNode, args: argparse.Namespace) -> None:
     """The work of one process."""
+    if resolve_device(cfg) == "cpu":
+        keep_freed_memory()
     cfg = setup(cfg, args.eval_only)
     if args.eval_only:
         evaluate(cfg, args.resume)

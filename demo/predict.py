@@ -32,6 +32,7 @@ from codetr_d2.config.config_file import load_config, resolve_device
 from codetr_d2.data import read_image
 from codetr_d2.errors import InputError
 from codetr_d2.evaluation.mask_scores import add_mask_scores
+from codetr_d2.ops import keep_freed_memory
 from codetr_d2.visualization import draw_predictions
 
 QUICK_START_CONFIG = Path("output/quick_start/digits/config.yaml")
@@ -170,6 +171,8 @@ def run(args: argparse.Namespace) -> None:
     weights = find_weights(args.config_file, args.weights)
     cfg = load_config(str(args.config_file), args.opts)
     cfg.MODEL.DEVICE = resolve_device(cfg)
+    if cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()
     detector = Detector(cfg, weights, args.score_threshold)
     args.output.mkdir(parents=True, exist_ok=True)
     entries, failures = [], []

@@ -1,9 +1,9 @@
 """Multi-scale deformable attention as a module."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import ms_deform_attn
@@ -22,12 +22,20 @@ class MultiScaleDeformableAttention(nn.Module):
         num_heads: attention heads H; they share the channels equally.
         num_levels: feature levels L.
         num_points: sampling points P of each head and level.
+        backend: what computes it, see :func:`codetr_d2.ops.check_backend`.
 
     Raises:
         ValueError: ``embed_dim`` is no multiple of ``num_heads``.
     """
 
-    def __init__(self, embed_dim: int = 256, num_heads: int = 8, num_levels: int = 4, num_points: int = 4):
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        backend: str = "auto",
+    ):
         super().__init__()
         if embed_dim % num_heads != 0:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
@@ -35,6 +43,7 @@ class MultiScaleDeformableAttention(nn.Module):
         self.num_heads = num_heads
         self.num_levels = num_levels
         self.num_points = num_points
+        self.backend = backend
         self.sampling_offsets = nn.Linear(
             embed_dim, num_heads * num_levels * num_points * 2
         )  # (head, level, point, xy)
@@ -65,8 +74,7 @@ class MultiScaleDeformableAttention(nn.Module):
         query: Tensor,
         value: Tensor,
         reference_points: Tensor,
-        spatial_shapes: Tensor,
-        level_start_index: Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
         padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Attend from the queries to the values. Residual, dropout and position embedding are the caller's.
@@ -76,8 +84,7 @@ class MultiScaleDeformableAttention(nn.Module):
             value: [B, S, C] tokens of all levels, without position embedding.
             reference_points: [B, Q, L, 2] points (x, y) or [B, Q, L, 4] boxes (cx, cy, w, h), in fractions of each
                 level's map, padding included. Offsets count cells of the level, or for a box fractions of its size.
-            spatial_shapes: [L, 2] int64 (height, width) of each level.
-            level_start_index: [L] int64, the index of each level's first token.
+            spatial_shapes: (height, width) of each level, as numbers.
             padding_mask: [B, S] bool, True at tokens that lie in the padding: their value is zero.
 
         Returns:
@@ -86,7 +93,7 @@ class MultiScaleDeformableAttention(nn.Module):
         Raises:
             ValueError: sizes that don't fit each other.
         """
-        self._check(query, value, reference_points, spatial_shapes, level_start_index, padding_mask)
+        self._check(query, value, reference_points, spatial_shapes, padding_mask)
         batch, num_queries, _ = query.shape
         points = (batch, num_queries, self.num_heads, self.num_levels, self.num_points)
         value = self.value_proj(value)
@@ -97,26 +104,15 @@ class MultiScaleDeformableAttention(nn.Module):
         # Locations and softmax at full precision, whatever autocast makes of the linear layers.
         dtype = torch.promote_types(value.dtype, torch.float32)
         weights = self.attention_weights(query).to(dtype).unflatten(2, (self.num_heads, -1)).softmax(-1).view(points)
-        if reference_points.shape[-1] == 2:
-            offsets = self.offsets_from_points(query, spatial_shapes)
-        else:
-            offsets = self.sampling_offsets(query)
-        locations = self.sampling_locations(reference_points.to(dtype), offsets.to(dtype)).view(*points, 2)
+        offsets = self.sampling_offsets(query).to(dtype)
+        locations = self.sampling_locations(reference_points.to(dtype), offsets, spatial_shapes).view(*points, 2)
 
-        output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
+        output = ms_deform_attn(value, spatial_shapes, locations, weights, self.backend)
         return self.output_proj(output)
 
-    def offsets_from_points(self, query: Tensor, spatial_shapes: Tensor) -> Tensor:
-        """[B, Q, H * L * P * 2] offsets that count cells, as fractions of each level's map.
-
-        Not the many offsets are divided by the sizes, but the few weights that they come from.
-        """
-        linear = self.sampling_offsets
-        scale = 1 / spatial_shapes.flip(1).to(linear.weight.dtype)  # [L, 2] (1 / width, 1 / height)
-        scale = scale[:, None].expand(self.num_heads, -1, self.num_points, -1).flatten()
-        return F.linear(query, linear.weight * scale[:, None], linear.bias * scale)
-
-    def sampling_locations(self, reference_points: Tensor, offsets: Tensor) -> Tensor:
+    def sampling_locations(
+        self, reference_points: Tensor, offsets: Tensor, spatial_shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
         """[B, Q, L, 2 or 4] reference points or boxes and [B, Q, H * L * P * 2] offsets -> [B, Q, H, L * P * 2].
 
         The points of a query are written out as a row, as long as that of one head's offsets: adding pairs (x, y),
@@ -125,10 +121,13 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = offsets.unflatten(2, (self.num_heads, -1))
         reference_points = reference_points.unsqueeze(3).expand(-1, -1, -1, self.num_points, -1)
         if reference_points.shape[-1] == 4:
-            offsets = offsets * (reference_points[..., 2:] * (0.5 / self.num_points)).flatten(2).unsqueeze(2)
-        return reference_points[..., :2].flatten(2).unsqueeze(2) + offsets
+            scale = (reference_points[..., 2:] * (0.5 / self.num_points)).flatten(2).unsqueeze(2)
+        else:
+            cells = [[1 / width, 1 / height] for height, width in spatial_shapes]
+            scale = offsets.new_tensor(cells).unsqueeze(1).expand(-1, self.num_points, -1).flatten()
+        return reference_points[..., :2].flatten(2).unsqueeze(2) + offsets * scale
 
-    def _check(self, query, value, reference_points, spatial_shapes, level_start_index, padding_mask) -> None:
+    def _check(self, query, value, reference_points, spatial_shapes, padding_mask) -> None:
         levels = self.num_levels
         if query.dim() != 3 or query.shape[2] != self.embed_dim:
             raise ValueError(f"query must be [B, Q, {self.embed_dim}], got {tuple(query.shape)}")
@@ -139,11 +138,8 @@ class MultiScaleDeformableAttention(nn.Module):
             raise ValueError(
                 f"reference_points must be {allowed[0]} or {allowed[1]}, got {tuple(reference_points.shape)}"
             )
-        if tuple(spatial_shapes.shape) != (levels, 2) or tuple(level_start_index.shape) != (levels,):
-            raise ValueError(
-                f"spatial_shapes must be {(levels, 2)} and level_start_index {(levels,)}, "
-                f"got {tuple(spatial_shapes.shape)} and {tuple(level_start_index.shape)}"
-            )
+        if len(spatial_shapes) != levels:
+            raise ValueError(f"spatial_shapes must be {levels} pairs (height, width), got {spatial_shapes}")
         if padding_mask is not None and (padding_mask.shape != value.shape[:2] or padding_mask.dtype != torch.bool):
             got = f"{padding_mask.dtype} {tuple(padding_mask.shape)}"
             raise ValueError(f"padding_mask must be bool {tuple(value.shape[:2])}, got {got}")

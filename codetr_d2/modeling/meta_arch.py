@@ -109,9 +109,7 @@ class CoDETR(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict:
         options = cfg.MODEL.CODETR
         mask_kind = options.MASK_HEAD if cfg.MODEL.MASK_ON else None
-        ops.set_backend(cfg.MODEL.MS_DEFORM_ATTN)
-        if cfg.MODEL.DEVICE == "cpu":
-            ops.keep_freed_memory()
+        ops.check_backend(cfg.MODEL.MS_DEFORM_ATTN)
         backbone = build_backbone(cfg)
         if cfg.MODEL.RESNETS.ACTIVATION_CHECKPOINTING and isinstance(backbone, ResNet):
             backbone = CheckpointedResNet(backbone)

@@ -7,29 +7,29 @@ import torch
 
 from codetr_d2.layers import deformable_attention
 from codetr_d2.layers.deformable_attention import MultiScaleDeformableAttention
-from codetr_d2.ops import ms_deform_attn_eager, set_backend
+from codetr_d2.ops import ms_deform_attn_eager
 
 SHAPES = [(5, 7), (3, 4), (2, 2)]
 
 
-def make_case(reference_size=2, batch=2, queries=6, embed_dim=24, num_heads=4, num_points=3, dtype=torch.float32):
+def make_case(reference_size=2, queries=6, dtype=torch.float32, backend="auto"):
     """A module with random parameters, and its inputs."""
-    module = MultiScaleDeformableAttention(embed_dim, num_heads, len(SHAPES), num_points).to(dtype)
+    batch, embed_dim = 2, 24
+    module = MultiScaleDeformableAttention(embed_dim, 4, len(SHAPES), 3, backend).to(dtype)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    shapes = torch.tensor(SHAPES)
-    sizes = shapes.prod(1)
+    tokens = sum(height * width for height, width in SHAPES)
     query = torch.randn(batch, queries, embed_dim, dtype=dtype)
-    value = torch.randn(batch, int(sizes.sum()), embed_dim, dtype=dtype)
+    value = torch.randn(batch, tokens, embed_dim, dtype=dtype)
     reference = torch.rand(batch, queries, len(SHAPES), reference_size, dtype=dtype)
-    padding_mask = torch.rand(batch, int(sizes.sum())) < 0.3
-    return module, query, value, reference, shapes, sizes.cumsum(0) - sizes, padding_mask
+    padding_mask = torch.rand(batch, tokens) < 0.3
+    return module, query, value, reference, SHAPES, padding_mask
 
 
 @pytest.mark.parametrize("reference_size", [2, 4])
 @pytest.mark.parametrize("padding", [False, True])
 def test_equals_the_formula(reference_size, padding):
-    module, query, value, reference, shapes, starts, mask = make_case(reference_size, dtype=torch.float64)
+    module, query, value, reference, shapes, mask = make_case(reference_size, dtype=torch.float64)
     heads, points = module.num_heads, module.num_points
     values = module.value_proj(value)
     if padding:
@@ -54,9 +54,11 @@ def test_equals_the_formula(reference_size, padding):
                         offset = offset / points * reference[:, :, level, 2 + axis] * 0.5
                     locations[:, :, head, level, point, axis] = reference[:, :, level, axis] + offset
     expected = module.output_proj(
-        ms_deform_attn_eager(values.unflatten(2, (heads, -1)), shapes, starts, locations, shares)
+        ms_deform_attn_eager(
+            values.unflatten(2, (heads, -1)), [size for shape in shapes for size in shape], locations, shares
+        )
     )
-    output = module(query, value, reference, shapes, starts, mask if padding else None)
+    output = module(query, value, reference, shapes, mask if padding else None)
     torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -90,27 +92,23 @@ def test_parameters_and_their_initial_values():
 
 @pytest.mark.parametrize("reference_size", [2, 4])
 def test_no_queries(reference_size):
-    module, query, value, reference, shapes, starts, mask = make_case(reference_size, queries=0)
-    assert module(query, value, reference, shapes, starts, mask).shape == (2, 0, 24)
+    module, query, value, reference, shapes, mask = make_case(reference_size, queries=0)
+    assert module(query, value, reference, shapes, mask).shape == (2, 0, 24)
 
 
 def test_padded_values_don_t_matter():
-    module, query, value, reference, shapes, starts, mask = make_case()
+    module, query, value, reference, shapes, mask = make_case()
     other = torch.where(mask[..., None], torch.randn_like(value) * 100, value)
-    expected = module(query, value, reference, shapes, starts, mask)
-    torch.testing.assert_close(module(query, other, reference, shapes, starts, mask), expected)
-    assert not torch.allclose(module(query, other, reference, shapes, starts), expected)
+    expected = module(query, value, reference, shapes, mask)
+    torch.testing.assert_close(module(query, other, reference, shapes, mask), expected)
+    assert not torch.allclose(module(query, other, reference, shapes), expected)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_every_parameter_and_input_gets_its_gradient(backend):
-    module, query, value, reference, *rest = make_case(4)
+    module, query, value, reference, *rest = make_case(4, backend=backend)
     inputs = [x.requires_grad_() for x in (query, value, reference)]
-    set_backend(backend)
-    try:
-        module(*inputs, *rest).square().sum().backward()
-    finally:
-        set_backend("auto")
+    module(*inputs, *rest).square().sum().backward()
     for x in (*inputs, *module.parameters()):
         assert x.grad is not None and x.grad.isfinite().all() and x.grad.abs().sum() > 0
 
@@ -120,9 +118,9 @@ def test_autocast_keeps_locations_and_weights_at_full_precision(monkeypatch):
     expected = module(*inputs)
     dtypes = []
 
-    def spy(value, shapes, starts, locations, weights):
+    def spy(value, shapes, locations, weights, backend):
         dtypes.append((value.dtype, locations.dtype, weights.dtype))
-        return original(value, shapes, starts, locations, weights)
+        return original(value, shapes, locations, weights, backend)
 
     original = deformable_attention.ms_deform_attn
     monkeypatch.setattr(deformable_attention, "ms_deform_attn", spy)
@@ -145,10 +143,34 @@ def test_compiler_and_export_see_one_operator():
     for gradient, reference in zip(gradients, torch.autograd.grad(expected.sum(), list(module.parameters()))):
         torch.testing.assert_close(gradient, reference)
 
-    program = torch.export.export(module, tuple(inputs))
+
+class _OfMaps(torch.nn.Module):
+    """Self-attention of the cells of two maps, whose sizes are those of its input."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.attention = MultiScaleDeformableAttention(24, 4, 2, 3, backend)
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, fine, coarse):
+        tokens = torch.cat([x.flatten(2).mT for x in (fine, coarse)], dim=1)
+        reference = tokens[..., :2].sigmoid().unsqueeze(2).expand(-1, -1, 2, -1)
+        return self.attention(tokens, tokens, reference, [tuple(x.shape[-2:]) for x in (fine, coarse)])
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_export_with_dynamic_sizes(backend):
+    """One program for maps of all sizes: the sizes are numbers, which nothing needs to read from a tensor."""
+    module = _OfMaps(backend).eval()
+    height, width = torch.export.Dim("height", min=2), torch.export.Dim("width", min=2)
+    sizes = ({2: 2 * height, 3: 2 * width}, {2: height, 3: width})
+    program = torch.export.export(module, (torch.randn(1, 24, 8, 12), torch.randn(1, 24, 4, 6)), dynamic_shapes=sizes)
     operators = [str(node.target) for node in program.graph.nodes if "deform" in str(node.target)]
-    assert operators == ["codetr_d2.ms_deform_attn.default"]
-    torch.testing.assert_close(program.module()(*inputs), expected)
+    assert operators == (["codetr_d2.ms_deform_attn.default"] if backend == "auto" else [])
+    for h, w in ((4, 6), (7, 3)):
+        inputs = torch.randn(1, 24, 2 * h, 2 * w), torch.randn(1, 24, h, w)
+        torch.testing.assert_close(program.module()(*inputs), module(*inputs))
 
 
 @pytest.mark.parametrize(
@@ -158,10 +180,9 @@ def test_compiler_and_export_see_one_operator():
         (1, lambda x: x[:1], r"value must be \[2, S, 24\]"),
         (2, lambda x: x[..., :1], r"reference_points must be \(2, 6, 3, 2\) or \(2, 6, 3, 4\), got \(2, 6, 3, 1\)"),
         (2, lambda x: x[:, :, 0], "reference_points must be"),
-        (3, lambda x: x[:2], r"spatial_shapes must be \(3, 2\)"),
-        (4, lambda x: x[:2], r"level_start_index \(3,\)"),
-        (5, lambda x: x.float(), "padding_mask must be bool"),
-        (5, lambda x: x[:, :-1], r"padding_mask must be bool \(2, 51\)"),
+        (3, lambda x: x[:2], r"spatial_shapes must be 3 pairs \(height, width\)"),
+        (4, lambda x: x.float(), "padding_mask must be bool"),
+        (4, lambda x: x[:, :-1], r"padding_mask must be bool \(2, 51\)"),
     ],
 )
 def test_sizes_that_do_not_fit(index, change, message):

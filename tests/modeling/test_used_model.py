@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from codetr_d2.ops.library import library_is_loaded
 from tests.small_model import build, make_batch, train_step
 
 both_heads = pytest.mark.parametrize("query_head", ["CoDeformableDETRHead", "CoDINOHead"])
@@ -81,3 +82,43 @@ def test_raw_predictions_are_those_of_inference(query_head):
     centre = boxes[0, logits[0].amax(1).argmax(), :2] * torch.tensor([width, height])
     best = found.pred_boxes.tensor[0]
     assert (best[:2] <= centre).all() and (centre <= best[2:]).all()
+
+
+class _Core(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model.raw_predictions(images)
+
+
+@both_heads
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_export_of_the_whole_model(query_head, backend):
+    """torch.export, for images of all sizes: sizes of levels and of the padding follow from the image."""
+    model = build("MODEL.CODETR.QUERY_HEAD", query_head, "MODEL.MS_DEFORM_ATTN", backend).eval()
+    core = _Core(model).eval()
+    sides = {2: 32 * torch.export.Dim("height", min=2, max=40), 3: 32 * torch.export.Dim("width", min=2, max=40)}
+    with torch.no_grad():
+        program = torch.export.export(core, (torch.randn(1, 3, 96, 128),), dynamic_shapes=(sides,))
+        for size in ((96, 128), (64, 224), (160, 96)):
+            images = torch.randn(1, 3, *size)
+            for ours, expected in zip(program.module()(images), core(images)):
+                torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_model_leaves_the_first_alone():
+    """The backend of deformable attention is each model's own."""
+    first, batch = build(), make_batch(1)
+    memory = torch.ops.codetr_d2._kept_memory() if library_is_loaded() else None
+    before = detect(first, batch)
+    second = build("MODEL.MS_DEFORM_ATTN", "eager")
+    second.load_state_dict(first.state_dict())
+    attentions = [[x.backend for x in m.modules() if hasattr(x, "sampling_offsets")] for m in (first, second)]
+    assert set(attentions[0]) == {"auto"} and set(attentions[1]) == {"eager"}
+    assert_equal(detect(first, batch), before)
+    for ours, expected in zip(detect(second, batch), before):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    if memory is not None:  # nor does building or using a model choose how the process keeps memory
+        assert torch.ops.codetr_d2._kept_memory() == memory

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import codetr_d2
+from codetr_d2.ops import ms_deform_attn
 
 PACKAGE = Path(codetr_d2.__file__).parent
 HAS_LIBRARY = any(PACKAGE.glob("_C.*"))
@@ -19,7 +20,7 @@ needs_cpp = pytest.mark.skipif(not HAS_LIBRARY and not HAS_COMPILER, reason="no 
 
 
 def make_inputs(shapes, batch=2, queries=7, heads=3, head_dim=8, points=4, dtype=torch.float32, seed=0):
-    """Inputs whose locations lie inside, on the border cells and outside, and away from the kinks at cell centres."""
+    """Inputs of the operator. Locations lie inside, on border cells and outside, away from the kinks of the weights."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*size):
@@ -27,21 +28,30 @@ def make_inputs(shapes, batch=2, queries=7, heads=3, head_dim=8, points=4, dtype
 
     spatial_shapes = torch.tensor(shapes, dtype=torch.int64).reshape(-1, 2)
     sizes = spatial_shapes.prod(1)
-    level_start_index = sizes.cumsum(0) - sizes
     width_height = spatial_shapes.flip(1)[:, None].double()
     points_shape = (batch, queries, heads, len(shapes), points)
     cells = (rand(*points_shape, 2) * (width_height + 4)).floor() - 2  # from -2 to size + 1
     locations = (cells + 0.1 + 0.8 * rand(*points_shape, 2) + 0.5) / width_height.clamp(min=1)
     value = rand(batch, int(sizes.sum()), heads, head_dim) * 2 - 1
     weights = rand(*points_shape) - 0.3
-    return value.to(dtype), spatial_shapes, level_start_index, locations.to(dtype), weights.to(dtype)
+    return value.to(dtype), spatial_shapes.flatten().tolist(), locations.to(dtype), weights.to(dtype)
+
+
+def call_function(value, spatial_shapes, *others):
+    """:func:`ms_deform_attn`, with the sizes as the operator takes them."""
+    return ms_deform_attn(value, list(zip(spatial_shapes[::2], spatial_shapes[1::2])), *others)
+
+
+def change_floats(inputs, change):
+    """The inputs with ``change`` applied to the tensors, all of which are of floating point."""
+    return [change(x) if isinstance(x, torch.Tensor) else x for x in inputs]
 
 
 def run(function, inputs, grad_output=None):
     """The output of ``function``, and its gradients of value, locations and weights."""
-    value, shapes, starts, locations, weights = inputs
+    value, shapes, locations, weights = inputs
     leaves = [x.detach().requires_grad_() for x in (value, locations, weights)]
-    output = function(leaves[0], shapes, starts, *leaves[1:])
+    output = function(leaves[0], shapes, *leaves[1:])
     output.backward(torch.ones_like(output) if grad_output is None else grad_output.to(output.dtype))
     return output.detach(), *(x.grad for x in leaves)
 

@@ -11,26 +11,27 @@ import pytest
 import torch
 
 from codetr_d2.errors import InputError
-from codetr_d2.ops import active_backend, ms_deform_attn, ms_deform_attn_eager, set_backend
-from tests.ops.common import make_inputs, needs_cpp, run, run_copy
+from codetr_d2.ops import active_backend, check_backend, ms_deform_attn_eager
+from tests.ops.common import call_function, change_floats, make_inputs, needs_cpp, run, run_copy
 
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "eager"]
 OP = torch.ops.codetr_d2.ms_deform_attn
+BOTH_CALLS = pytest.mark.parametrize("call", [OP, call_function], ids=["op", "function"])
 
 
-@pytest.fixture(autouse=True)
-def restore_backend():
-    yield
-    set_backend("auto")
+def by(backend, call=OP):
+    """The operator, computed by one backend."""
+    return lambda *inputs: call(*inputs, backend)
 
 
-def attend_by_loops(value, spatial_shapes, level_start_index, locations, weights):
+def attend_by_loops(value, spatial_shapes, locations, weights):
     """The definition, one tap at a time in Python's floats."""
     batch, queries, heads, levels, points, _ = locations.shape
     head_dim = value.shape[3]
     output = torch.zeros(batch, queries, heads, head_dim, dtype=torch.float64)
     for b, q, h, level, p in torch.cartesian_prod(*map(torch.arange, locations.shape[:5])).tolist():
-        height, width = spatial_shapes[level].tolist()
+        height, width = spatial_shapes[2 * level : 2 * level + 2]
+        first = sum(h * w for h, w in zip(spatial_shapes[: 2 * level : 2], spatial_shapes[1 : 2 * level : 2]))
         x = locations[b, q, h, level, p, 0].item() * width - 0.5
         y = locations[b, q, h, level, p, 1].item() * height - 0.5
         if not (math.isfinite(x) and math.isfinite(y)):
@@ -39,22 +40,21 @@ def attend_by_loops(value, spatial_shapes, level_start_index, locations, weights
             for row in (math.floor(y), math.floor(y) + 1):
                 if 0 <= column < width and 0 <= row < height:
                     share = (1 - abs(x - column)) * (1 - abs(y - row)) * weights[b, q, h, level, p].item()
-                    token = level_start_index[level].item() + row * width + column
+                    token = first + row * width + column
                     output[b, q, h] += share * value[b, token, h].double()
     return output.flatten(2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("call", [OP, ms_deform_attn], ids=["op", "function"])
+@BOTH_CALLS
 def test_forward_equals_the_definition(backend, call):
-    set_backend(backend)
     inputs = make_inputs([(4, 6), (3, 2), (1, 1)], head_dim=5, dtype=torch.float64)
-    locations = inputs[3]
+    locations = inputs[2]
     locations[0, 0, 0, 0] = torch.tensor(
         [[0.0, 0.0], [1.0, 1.0], [0.5, 0.5], [1 / 12, 7 / 8]]
     )  # corners, a cell's centre
     locations[0, 1, 0, 0] = torch.tensor([[math.nan, 0.5], [0.5, math.inf], [-math.inf, 0.5], [1e30, -1e30]])
-    torch.testing.assert_close(call(*inputs), attend_by_loops(*inputs), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(by(backend, call)(*inputs), attend_by_loops(*inputs), rtol=1e-12, atol=1e-12)
 
 
 # Widths of every vector loop and its remainder; levels and points that do and don't fill a vector.
@@ -65,31 +65,30 @@ def test_forward_equals_the_definition(backend, call):
     [(1, 1, 1), (5, 4, 4), (8, 2, 3), (16, 5, 4), (32, 4, 4), (43, 3, 1), (64, 4, 8), (72, 1, 5), (96, 2, 2)],
 )
 def test_cpp_equals_eager(head_dim, levels, points, dtype):
-    set_backend("cpp")
     inputs = make_inputs([(9, 11), (5, 6), (3, 3), (2, 1), (1, 1)][:levels], head_dim=head_dim, points=points)
     # The locations are given in the type that the operator computes in.
-    inputs = [x.to(torch.promote_types(dtype, torch.float32)) if x.is_floating_point() else x for x in inputs]
+    inputs = change_floats(inputs, lambda x: x.to(torch.promote_types(dtype, torch.float32)))
     inputs[0] = inputs[0].to(dtype)
     grad_output = torch.randn(2, 7, 3 * head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
-    results = run(OP, inputs, grad_output)
-    exact = run(ms_deform_attn_eager, [x.double() if x.is_floating_point() else x for x in inputs], grad_output)
+    results = run(by("cpp"), inputs, grad_output)
+    exact = run(ms_deform_attn_eager, change_floats(inputs, torch.Tensor.double), grad_output)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5}[dtype]
     for name, result, expected in zip(("output", "value", "locations", "weights"), results, exact):
         rounded = dtype == torch.bfloat16 and name in ("output", "value")  # sums are float32, then rounded once
         relative = 2**-8 if rounded else tolerance
         scale = expected.abs().max().item()
-        assert result.dtype == (dtype if name in ("output", "value") else inputs[3].dtype)
+        assert result.dtype == (dtype if name in ("output", "value") else inputs[2].dtype)
         torch.testing.assert_close(result.double(), expected, rtol=relative, atol=tolerance * scale, msg=name)
 
 
 def make_self_attention(shapes, spread, **sizes):
     """As many queries as tokens: half of the points lie ``spread`` cells about the query's place, half anywhere."""
     inputs = make_inputs(shapes, queries=sum(h * w for h, w in shapes), **sizes)
-    value, spatial_shapes, _, locations, _ = inputs
+    locations = inputs[2]
     places = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(1) for h, w in shapes]
     generator = torch.Generator().manual_seed(2)
     offsets = torch.randn(locations.shape, generator=generator, dtype=torch.float64) * spread
-    near = torch.cat(places)[:, None, None, None] + offsets / spatial_shapes.flip(1)[:, None]
+    near = torch.cat(places)[:, None, None, None] + offsets / torch.tensor(shapes).flip(1)[:, None]
     locations[..., ::2, :] = near.to(locations.dtype)[..., ::2, :]
     return inputs
 
@@ -109,18 +108,17 @@ def make_self_attention(shapes, spread, **sizes):
     ids=str,
 )
 def test_self_attention_equals_eager(shapes, head_dim, points, dtype):
-    set_backend("cpp")
     sizes = {"heads": 2, "head_dim": head_dim, "points": points}
     inputs = make_self_attention(shapes, 3, **sizes, dtype=torch.promote_types(dtype, torch.float32))
     inputs = (inputs[0].to(dtype), *inputs[1:])
-    grad_output = torch.randn(2, inputs[3].shape[1], 2 * head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
-    exact = run(ms_deform_attn_eager, [x.double() if x.is_floating_point() else x for x in inputs], grad_output)
+    grad_output = torch.randn(2, inputs[2].shape[1], 2 * head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = run(ms_deform_attn_eager, change_floats(inputs, torch.Tensor.double), grad_output)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results = run(OP, inputs, grad_output)
+            results = run(by("cpp"), inputs, grad_output)
             for name, result, expected in zip(("output", "value", "locations", "weights"), results, exact):
                 relative = 2**-8 if dtype == torch.bfloat16 and name in ("output", "value") else tolerance
                 scale = expected.abs().max().item()
@@ -135,22 +133,20 @@ def test_self_attention_equals_eager(shapes, head_dim, points, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_self_attention_reads_nothing_outside(dtype):
     """Bad locations in windows with and without the map's border, whatever stands in the feature map."""
-    set_backend("cpp")
     value, *others = make_self_attention([(70, 75), (35, 38)], 3, heads=1, points=4)
     value = torch.full_like(value, math.inf).to(dtype)
-    bad = torch.tensor([math.nan, math.inf, -math.inf, -0.6, 1.6, 3e38, -7e9, 1e5]).repeat(others[2].shape[1] // 8 + 1)
-    others[2][..., 1] = bad[: others[2].shape[1], None, None, None]
-    for x in run(OP, (value, *others)):
+    bad = torch.tensor([math.nan, math.inf, -math.inf, -0.6, 1.6, 3e38, -7e9, 1e5]).repeat(others[1].shape[1] // 8 + 1)
+    others[1][..., 1] = bad[: others[1].shape[1], None, None, None]
+    for x in run(by("cpp"), (value, *others)):
         assert torch.equal(x, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_throughout(backend):
     """Locations and weights in bfloat16 are taken as the numbers they are; their gradients come in bfloat16."""
-    set_backend(backend)
     inputs = make_inputs([(5, 7), (2, 3)], dtype=torch.bfloat16)
-    results = run(OP, inputs)
-    exact = run(ms_deform_attn_eager, [x.double() if x.is_floating_point() else x for x in inputs])
+    results = run(by(backend), inputs)
+    exact = run(ms_deform_attn_eager, change_floats(inputs, torch.Tensor.double))
     for result, expected in zip(results, exact):
         assert result.dtype == torch.bfloat16
         torch.testing.assert_close(result.double(), expected, rtol=2**-7, atol=1e-4 * expected.abs().max().item())
@@ -158,54 +154,50 @@ def test_bfloat16_throughout(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_equal_finite_differences(backend):
-    set_backend(backend)
-    value, shapes, starts, locations, weights = make_inputs(
+    value, shapes, locations, weights = make_inputs(
         [(3, 4), (2, 2)], batch=1, queries=3, heads=2, head_dim=3, points=2, dtype=torch.float64
     )
     leaves = [x.requires_grad_() for x in (value, locations, weights)]
-    assert torch.autograd.gradcheck(lambda v, loc, w: OP(v, shapes, starts, loc, w), leaves)
+    assert torch.autograd.gradcheck(lambda v, loc, w: OP(v, shapes, loc, w, backend), leaves)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(backend, dtype):
     """Schema, fake tensors, autograd registration, and tracing by the compiler with dynamic shapes."""
-    set_backend(backend)
     inputs = make_inputs([(3, 4), (2, 2)], queries=5, dtype=dtype)
-    torch.library.opcheck(OP, [x.requires_grad_() if x.is_floating_point() else x for x in inputs])
+    torch.library.opcheck(OP, [*change_floats(inputs, torch.Tensor.requires_grad_), backend])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_locations_that_sample_nothing(backend, dtype):
     """Outside, infinite and NaN locations give zeros and zero gradients, whatever stands in the feature map."""
-    set_backend(backend)
-    value, shapes, starts, locations, weights = make_inputs([(4, 5), (2, 3)], queries=9, dtype=dtype)
+    value, shapes, locations, weights = make_inputs([(4, 5), (2, 3)], queries=9, dtype=dtype)
     value[:] = math.inf
     outside = [math.nan, math.inf, -math.inf, -0.6, 1.6, 3e38, -3e38, -7e9, 7e9]
     for query, bad in enumerate(outside):
         locations[:, query] = 0.5
         locations[:, query, ..., query % 2] = bad
-    output, *grads = run(OP, (value, shapes, starts, locations, weights))
+    output, *grads = run(by(backend), (value, shapes, locations, weights))
     for x in (output, *grads):
         assert torch.equal(x, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous_inputs(backend):
-    set_backend(backend)
     inputs = make_inputs([(4, 5), (2, 3)])
-    strided = [x.repeat_interleave(2, 1)[:, ::2].mT.contiguous().mT if x.is_floating_point() else x for x in inputs]
-    strided[1] = inputs[1].t().contiguous().t()
-    strided[2] = inputs[2].repeat_interleave(2)[::2]
-    assert not any(x.is_contiguous() for x in strided)
+    strided = change_floats(inputs, lambda x: x.repeat_interleave(2, 1)[:, ::2].mT.contiguous().mT)
+    assert not any(x.is_contiguous() for x in (strided[0], *strided[2:]))
     grad_output = torch.randn(7, 2, 24).transpose(0, 1)
-    for result, expected in zip(run(OP, strided, grad_output), run(OP, inputs, grad_output.contiguous())):
+    for result, expected in zip(
+        run(by(backend), strided, grad_output), run(by(backend), inputs, grad_output.contiguous())
+    ):
         torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("call", [OP, ms_deform_attn], ids=["op", "function"])
+@BOTH_CALLS
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -219,11 +211,10 @@ def test_non_contiguous_inputs(backend):
     ids=str,
 )
 def test_empty_sizes(backend, call, sizes):
-    set_backend(backend)
     inputs = make_inputs(**{"shapes": [(3, 4), (1, 2)], **sizes})
-    results = run(call, inputs)
+    results = run(by(backend, call), inputs)
     expected = run(ms_deform_attn_eager, inputs)
-    assert results[0].shape == (inputs[0].shape[0], inputs[3].shape[1], 24)
+    assert results[0].shape == (inputs[0].shape[0], inputs[2].shape[1], 24)
     for x, y in zip(results, expected):
         torch.testing.assert_close(x, y)
     assert results[0].abs().sum() == 0 or len(sizes.get("shapes", [])) == 4
@@ -241,16 +232,15 @@ def test_empty_sizes(backend, call, sizes):
 )
 def test_threads_change_no_bit(make):
     """Nothing is summed by two threads, however the work is split."""
-    set_backend("cpp")
     inputs = make()
     threads = torch.get_num_threads()
     try:
         for dtype in (torch.float32, torch.bfloat16):
-            inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+            inputs = change_floats(inputs, lambda x, dtype=dtype: x.to(dtype))
             results = []
             for count in (1, 2, 3):  # four heads share out evenly over one and two threads, not over three
                 torch.set_num_threads(count)
-                results.append(run(OP, inputs))
+                results.append(run(by("cpp"), inputs))
             for others in results[1:]:
                 assert all(torch.equal(x, y) for x, y in zip(results[0], others))
     finally:
@@ -265,40 +255,42 @@ def test_threads_change_no_bit(make):
         (0, lambda x: x[:, :-1], r"level 1 of size 2 x 3 does not fit the 25 tokens"),
         (0, lambda x: torch.cat([x, x], 1), r"spatial_shapes hold 26 tokens, value has 52"),
         (0, lambda x: x.half(), r"value must be float32, bfloat16 or float64"),
-        (1, lambda x: x.int(), r"spatial_shapes must be int64 \[L, 2\]"),
-        (1, lambda x: -x, r"level 0 has a negative size"),
-        (1, lambda x: x * 2**31, r"level 0 of size .* does not fit"),
-        (2, lambda x: x[:1], r"level_start_index must be int64 \[2\]"),
-        (2, lambda x: x + 1, r"level 0 must start at token 0"),
-        (3, lambda x: x[..., :1], r"sampling_locations must be \[2, Q, 3, 2, P, 2\]"),
-        (3, lambda x: x[:1], r"sampling_locations must be \[2, Q, 3, 2, P, 2\]"),
-        (3, lambda x: x.long(), r"must be floating point"),
-        (4, lambda x: x[:, :2], r"attention_weights must be \[2, 7, 3, 2, 4\]"),
+        (1, lambda x: [-size for size in x], r"level 0 has a negative size"),
+        (1, lambda x: [size * 2**31 for size in x], r"level 0 of size .* does not fit"),
+        (1, lambda x: x[:3], r"a height and a width for each level"),
+        (1, lambda x: x[:2], r"sampling_locations must be \[2, Q, 3, 1, P, 2\]"),
+        (2, lambda x: x[..., :1], r"sampling_locations must be \[2, Q, 3, 2, P, 2\]"),
+        (2, lambda x: x[:1], r"sampling_locations must be \[2, Q, 3, 2, P, 2\]"),
+        (2, lambda x: x.long(), r"must be floating point"),
+        (3, lambda x: x[:, :2], r"attention_weights must be \[2, 7, 3, 2, 4\]"),
     ],
 )
 def test_sizes_that_do_not_fit(index, change, message):
-    set_backend("cpp")
     inputs = list(make_inputs([(4, 5), (2, 3)]))
     inputs[index] = change(inputs[index])
     with pytest.raises(RuntimeError, match=message):
-        OP(*inputs)
+        OP(*inputs, "cpp")
+
+
+@BOTH_CALLS
+def test_eager_refuses_other_sizes(call):
+    value, *others = make_inputs([(4, 5), (2, 3)])
+    with pytest.raises(RuntimeError, match="spatial_shapes hold 26 tokens, value has 25"):
+        call(value[:, :-1], *others, "eager")
 
 
 def test_half_precision_takes_eager_on_the_cpu():
-    inputs = make_inputs([(4, 5), (2, 3)])
-    half = [x.half() if index == 0 else x for index, x in enumerate(inputs)]
-    result = ms_deform_attn(*half)
+    value, *others = make_inputs([(4, 5), (2, 3)])
+    result = call_function(value.half(), *others)
     assert result.dtype == torch.float16
-    torch.testing.assert_close(result.float(), ms_deform_attn(*inputs), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(result.float(), call_function(value, *others), rtol=1e-2, atol=1e-2)
 
 
 def test_choice_of_backend():
     with pytest.raises(InputError, match="MODEL.MS_DEFORM_ATTN is 'fast': it must be one of auto, cpp, triton, eager"):
-        set_backend("fast")
-    set_backend("eager")
-    assert active_backend("cpu") == ("eager", "asked for")
-    assert active_backend("cuda")[0] == "eager"
-    set_backend("auto")
+        check_backend("fast")
+    assert active_backend("cpu", "eager") == ("eager", "asked for")
+    assert active_backend("cuda", "eager")[0] == "eager"
     assert active_backend("mps") == ("eager", "there is no compiled kernel for mps")
 
 
@@ -308,7 +300,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture
 def dispatcher(monkeypatch):
     """The module, as a new process finds it: nothing is known of Triton yet, and nobody was warned."""
-    module = importlib.import_module("codetr_d2.ops.ms_deform_attn")
+    module = importlib.import_module("codetr_d2.ops.ms_deform_attn.operator")
     monkeypatch.setattr(module, "_warned", set())
     module._triton_problem.cache_clear()
     yield module
@@ -326,7 +318,7 @@ def gpu(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: fake.capability)
-    monkeypatch.setitem(sys.modules, "codetr_d2.ops.triton_kernels", fake.kernels)
+    monkeypatch.setitem(sys.modules, "codetr_d2.ops.ms_deform_attn.triton_kernels", fake.kernels)
     return fake
 
 
@@ -340,14 +332,12 @@ def test_auto_takes_triton_on_a_gpu(dispatcher, gpu):
             (torch.bfloat16, "triton"),
             (torch.float64, "eager"),
         ]:
-            assert dispatcher._backend_of(SimpleNamespace(device=CUDA, dtype=dtype)) == backend
-    set_backend("triton")
-    assert dispatcher._backend_of(SimpleNamespace(device=CUDA, dtype=torch.float64)) == "triton"  # which refuses it
-    set_backend("eager")
-    assert dispatcher._backend_of(SimpleNamespace(device=CUDA, dtype=torch.float32)) == "eager"
-    set_backend("cpp")
+            assert dispatcher._backend_of(SimpleNamespace(device=CUDA, dtype=dtype), "auto") == backend
+    double, single = (SimpleNamespace(device=CUDA, dtype=dtype) for dtype in (torch.float64, torch.float32))
+    assert dispatcher._backend_of(double, "triton") == "triton"  # which refuses it
+    assert dispatcher._backend_of(single, "eager") == "eager"
     with pytest.raises(InputError, match="runs on the CPU; on cuda, take 'auto'"):
-        active_backend(CUDA)
+        active_backend(CUDA, "cpp")
 
 
 def raise_no_compiler(device):
@@ -369,7 +359,7 @@ def test_gpu_without_triton(dispatcher, gpu, monkeypatch, change, reason):
     for name, value in change.items():
         setattr(gpu, name, value)
     if gpu.kernels is None:  # this is how Python remembers that a module is not to be had
-        monkeypatch.setitem(sys.modules, "codetr_d2.ops.triton_kernels", None)
+        monkeypatch.setitem(sys.modules, "codetr_d2.ops.ms_deform_attn.triton_kernels", None)
     if "is_available" in change:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     name, why = active_backend(CUDA)
@@ -377,22 +367,20 @@ def test_gpu_without_triton(dispatcher, gpu, monkeypatch, change, reason):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            assert dispatcher._backend_of(SimpleNamespace(device=CUDA, dtype=torch.float32)) == "eager"
+            assert dispatcher._backend_of(SimpleNamespace(device=CUDA, dtype=torch.float32), "auto") == "eager"
     assert len(caught) == 1 and reason in str(caught[0].message)
     with pytest.raises(InputError, match="MODEL.MS_DEFORM_ATTN is 'triton', but .*take 'auto'"):
-        set_backend("triton")
-        active_backend(CUDA)
+        check_backend("triton")
+        active_backend(CUDA, "triton")
 
 
 def test_triton_is_refused_on_the_cpu(dispatcher, gpu):
-    set_backend("triton")
-    for call in (OP, ms_deform_attn):
+    for call in (OP, call_function):
         with pytest.raises(InputError, match="is 'triton', but Triton needs a GPU, .* on the CPU; take 'auto'"):
-            call(*make_inputs([(2, 2)]))
+            call(*make_inputs([(2, 2)]), "triton")
     gpu.kernels.INTERPRETED = True
     dispatcher._triton_problem.cache_clear()
-    assert active_backend("cpu")[0] == "triton"
-    set_backend("auto")
+    assert active_backend("cpu", "triton")[0] == "triton"
     assert active_backend("cpu")[0] != "triton"  # the interpreter is never fast
 
 
@@ -400,9 +388,8 @@ def test_triton_is_refused_on_the_cpu(dispatcher, gpu):
 def test_cpp_is_the_choice_of_auto():
     name, why = active_backend("cpu")
     assert name == "cpp" and "kernels" in why
-    set_backend("cpp")
     with pytest.raises(InputError, match="runs on the CPU; on cuda, take 'auto'"):
-        active_backend("cuda")
+        active_backend("cuda", "cpp")
 
 
 @needs_cpp
@@ -414,11 +401,10 @@ import torch
 from codetr_d2.ops import active_backend
 results = []
 for inputs in torch.load("inputs.pt", weights_only=True):
-    for x in inputs:
-        x.requires_grad_(x.is_floating_point())
+    leaves = [x.requires_grad_() for x in inputs if isinstance(x, torch.Tensor)]
     output = torch.ops.codetr_d2.ms_deform_attn(*inputs)
     output.sum().backward()
-    results.append([output.detach(), inputs[0].grad, inputs[3].grad, inputs[4].grad])
+    results.append([output.detach(), *(x.grad for x in leaves)])
 torch.save((active_backend("cpu"), results), "results.pt")
 """
     cases = []
@@ -431,9 +417,8 @@ torch.save((active_backend("cpu"), results), "results.pt")
     run_copy(tmp_path, script, library=True, ATEN_CPU_CAPABILITY=capability)
     (name, why), results = torch.load(tmp_path / "results.pt", weights_only=True)
     assert name == "cpp" and ({"avx2": "AVX2", "default": "baseline"}[capability] in why or "baseline" in why)
-    set_backend("cpp")
     for inputs, result in zip(cases, results):
-        for index, (x, y) in enumerate(zip(result, run(OP, inputs))):
+        for index, (x, y) in enumerate(zip(result, run(by("cpp"), inputs))):
             low = inputs[0].dtype == torch.bfloat16 and index < 2
             torch.testing.assert_close(x, y, rtol=2**-7 if low else 1e-5, atol=1e-4 * y.abs().max().item())
 
@@ -443,17 +428,18 @@ def test_without_the_library(tmp_path):
     script = """
 import warnings, torch
 from codetr_d2.errors import InputError
-from codetr_d2.ops import active_backend, ms_deform_attn, set_backend
+from codetr_d2.ops import active_backend, check_backend, ms_deform_attn
 inputs = torch.load("inputs.pt", weights_only=True)
+pairs = [inputs[0], list(zip(inputs[1][::2], inputs[1][1::2])), *inputs[2:]]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    outputs = [call(*inputs) for call in (torch.ops.codetr_d2.ms_deform_attn, ms_deform_attn) * 2]
+    outputs = [torch.ops.codetr_d2.ms_deform_attn(*inputs), ms_deform_attn(*pairs)] + [ms_deform_attn(*pairs)]
 caught = [str(x.message) for x in caught if "Deformable attention" in str(x.message)]
 assert len(caught) == 1 and "pip install --no-build-isolation --no-deps -e ." in caught[0], caught
 name, why = active_backend("cpu")
 assert name == "eager" and "not built" in why and "pip install" in why, why
 try:
-    set_backend("cpp")
+    check_backend("cpp")
 except InputError as error:
     assert "not built" in str(error) and "pip install" in str(error), error
 else:
@@ -464,7 +450,7 @@ torch.save(outputs, "outputs.pt")
     torch.save(inputs, tmp_path / "inputs.pt")
     run_copy(tmp_path, script, library=False)
     for output in torch.load(tmp_path / "outputs.pt", weights_only=True):
-        torch.testing.assert_close(output, ms_deform_attn(*inputs))
+        torch.testing.assert_close(output, OP(*inputs))
 
 
 def test_library_that_does_not_load(tmp_path):
@@ -481,12 +467,12 @@ assert name == "eager" and "can't be loaded" in why and "pip install" in why, wh
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("backend", ["triton", "eager"])
-@pytest.mark.parametrize("call", [OP, ms_deform_attn], ids=["op", "function"])
+@BOTH_CALLS
 @pytest.mark.parametrize(("head_dim", "dtype"), [(32, "float32"), (5, "float32"), (32, "float16"), (64, "bfloat16")])
 def test_cuda_equals_cpu(backend, call, head_dim, dtype):
-    set_backend(backend)
     value, *others = make_inputs([(9, 11), (5, 6)], head_dim=head_dim, queries=70)
     inputs = [value.to(getattr(torch, dtype)), *others]
+    on_gpu = change_floats(inputs, torch.Tensor.cuda)
     tolerance = 1e-4 if dtype == "float32" else 2**-7
-    for result, expected in zip(run(call, [x.cuda() for x in inputs]), run(ms_deform_attn_eager, inputs)):
+    for result, expected in zip(run(by(backend, call), on_gpu), run(ms_deform_attn_eager, inputs)):
         torch.testing.assert_close(result.cpu(), expected, rtol=tolerance, atol=1e-4 * expected.abs().max().item())

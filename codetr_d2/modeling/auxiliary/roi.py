@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ...distributed import reduce_mean
 from ...errors import InputError
 from ...layers import soft_nms
-from ...ops import FastNMS, roi_align
+from ...ops import roi_align
 from ..assigners.max_iou import MaxIoUMatcher
 from ..pyramid import FeaturePyramid
 from ..structures import PositiveSamples
@@ -114,7 +114,7 @@ class CoRPN(RPN):
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
         """See the base class."""
-        with torch.no_grad(), FastNMS():
+        with torch.no_grad():
             return find_top_rpn_proposals(
                 self._decode_proposals(anchors, pred_anchor_deltas),
                 [x.float() for x in pred_objectness_logits],

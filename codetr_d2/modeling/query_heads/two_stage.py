@@ -102,6 +102,7 @@ def query_head_arguments(
             "ffn_dim": part.FFN_DIM,
             "dropout": part.DROPOUT,
             "activation_checkpointing": options.ACTIVATION_CHECKPOINTING,
+            "backend": cfg.MODEL.MS_DEFORM_ATTN,
         }
 
     positives = options.POSITIVE_QUERIES

@@ -1,5 +1,7 @@
 """The deformable decoder: all groups of queries in one pass, boxes refined layer by layer."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,11 +24,20 @@ __all__ = ["DeformableDecoder", "DeformableDecoderLayer"]
 class DeformableDecoderLayer(nn.Module):
     """Self-attention, deformable cross-attention and a feed-forward network, each with a residual and a LayerNorm."""
 
-    def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int, ffn_dim: int, dropout: float):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        ffn_dim: int,
+        dropout: float,
+        backend: str = "auto",
+    ):
         super().__init__()
         self.self_attn = BlockSelfAttention(embed_dim, num_heads, dropout)
         self.norm1 = nn.LayerNorm(embed_dim)
-        self.cross_attn = MultiScaleDeformableAttention(embed_dim, num_heads, num_levels, num_points)
+        self.cross_attn = MultiScaleDeformableAttention(embed_dim, num_heads, num_levels, num_points, backend)
         self.norm2 = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
         self.norm3 = nn.LayerNorm(embed_dim)
@@ -39,14 +50,11 @@ class DeformableDecoderLayer(nn.Module):
         reference_boxes: Tensor,
         blocks: list[AttentionBlock],
         memory: Tensor,
-        spatial_shapes: Tensor,
-        level_start_index: Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
         padding_mask: Tensor | None,
     ) -> Tensor:
         x = self.norm1(x + self.dropout(self.self_attn(x, position, blocks)))
-        attended = self.cross_attn(
-            x + position, memory, reference_boxes, spatial_shapes, level_start_index, padding_mask
-        )
+        attended = self.cross_attn(x + position, memory, reference_boxes, spatial_shapes, padding_mask)
         x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.dropout(self.ffn(x)))
 
@@ -71,6 +79,7 @@ class DeformableDecoder(nn.Module):
         position_from_boxes, final_norm: see above.
         reference_eps: bound of the inverse sigmoid on reference boxes.
         activation_checkpointing: recompute the layers in the backward pass to save memory.
+        backend: what computes deformable attention, see :func:`codetr_d2.ops.check_backend`.
     """
 
     def __init__(
@@ -88,10 +97,11 @@ class DeformableDecoder(nn.Module):
         final_norm: bool = False,
         reference_eps: float = 1e-5,
         activation_checkpointing: bool = False,
+        backend: str = "auto",
     ):
         super().__init__()
         self.layers = nn.ModuleList(
-            DeformableDecoderLayer(embed_dim, num_heads, num_levels, num_points, ffn_dim, dropout)
+            DeformableDecoderLayer(embed_dim, num_heads, num_levels, num_points, ffn_dim, dropout, backend)
             for _ in range(num_layers)
         )
         self.class_embed = nn.ModuleList(class_branch(embed_dim, num_classes) for _ in range(num_layers))
@@ -125,9 +135,7 @@ class DeformableDecoder(nn.Module):
             position = torch.cat([group.position for group in groups], dim=1)
         reference = torch.cat([group.reference_boxes for group in groups], dim=1)
         geometry = pyramid.geometry
-        spatial_shapes = torch.tensor(geometry.shapes, device=pyramid.tokens.device)
-        level_start_index = spatial_shapes.prod(1).cumsum(0) - spatial_shapes.prod(1)
-        memory = (pyramid.tokens, spatial_shapes, level_start_index, geometry.value_mask)
+        memory = (pyramid.tokens, geometry.shapes, geometry.value_mask)
         level_scale = geometry.valid_ratios.repeat(1, 1, 2).unsqueeze(1)  # [B, 1, L, 4]
 
         states, boxes, references = [], [], [reference]

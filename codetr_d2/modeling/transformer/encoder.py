@@ -1,5 +1,7 @@
 """The deformable encoder: refines the tokens of all feature levels together."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -39,9 +41,18 @@ class FeedForward(nn.Module):
 class DeformableEncoderLayer(nn.Module):
     """Deformable self-attention and a feed-forward network, each with a residual connection and then a LayerNorm."""
 
-    def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int, ffn_dim: int, dropout: float):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        ffn_dim: int,
+        dropout: float,
+        backend: str = "auto",
+    ):
         super().__init__()
-        self.self_attn = MultiScaleDeformableAttention(embed_dim, num_heads, num_levels, num_points)
+        self.self_attn = MultiScaleDeformableAttention(embed_dim, num_heads, num_levels, num_points, backend)
         self.norm1 = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
         self.norm2 = nn.LayerNorm(embed_dim)
@@ -52,11 +63,10 @@ class DeformableEncoderLayer(nn.Module):
         x: Tensor,
         position: Tensor,
         reference_points: Tensor,
-        spatial_shapes: Tensor,
-        level_start_index: Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
         padding_mask: Tensor | None,
     ) -> Tensor:
-        attended = self.self_attn(x + position, x, reference_points, spatial_shapes, level_start_index, padding_mask)
+        attended = self.self_attn(x + position, x, reference_points, spatial_shapes, padding_mask)
         x = self.norm1(x + self.dropout(attended))
         return self.norm2(x + self.dropout(self.ffn(x)))
 
@@ -70,6 +80,7 @@ class DeformableEncoder(nn.Module):
         num_levels: number of feature levels.
         num_points: sampling points of each head and level.
         activation_checkpointing: recompute the layers in the backward pass to save memory.
+        backend: what computes deformable attention, see :func:`codetr_d2.ops.check_backend`.
     """
 
     def __init__(
@@ -83,11 +94,12 @@ class DeformableEncoder(nn.Module):
         ffn_dim: int,
         dropout: float = 0.0,
         activation_checkpointing: bool = False,
+        backend: str = "auto",
     ):
         super().__init__()
         self.level_embed = nn.Parameter(torch.randn(num_levels, embed_dim))
         self.layers = nn.ModuleList(
-            DeformableEncoderLayer(embed_dim, num_heads, num_levels, num_points, ffn_dim, dropout)
+            DeformableEncoderLayer(embed_dim, num_heads, num_levels, num_points, ffn_dim, dropout, backend)
             for _ in range(num_layers)
         )
         self.activation_checkpointing = activation_checkpointing
@@ -102,13 +114,11 @@ class DeformableEncoder(nn.Module):
             [B, S, C] refined tokens.
         """
         geometry = pyramid.geometry
-        spatial_shapes = torch.tensor(geometry.shapes, device=pyramid.tokens.device)
-        level_start_index = spatial_shapes.prod(1).cumsum(0) - spatial_shapes.prod(1)
         level_embed = [x.expand(size, -1) for x, size in zip(self.level_embed, geometry.level_sizes)]
         position = position + torch.cat(level_embed)
         x = pyramid.tokens
         for layer in self.layers:
-            args = (x, position, geometry.reference_points, spatial_shapes, level_start_index, geometry.value_mask)
+            args = (x, position, geometry.reference_points, geometry.shapes, geometry.value_mask)
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, *args, use_reentrant=False)
             else:

@@ -7,7 +7,9 @@ One program computes a block of queries of one image and head. Its tiles are [qu
 head's width alone decides. Sums are float32, whatever the tensors are.
 """
 
+import functools
 import warnings
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -48,7 +50,7 @@ def _locate(locations, point, valid, height, width):
 def _tap(row, column, valid, height, width, first, num_tokens):
     """The token at (row, column) of a level that starts at ``first``, and whether there is one.
 
-    The last two comparisons hold unless the sizes of the levels are wrong: nothing outside ``value`` is ever touched.
+    The last two comparisons always hold, as the sizes of the levels are checked: nothing outside ``value`` is touched.
     """
     token = first + row * width + column
     valid = valid & (row >= 0) & (row < height) & (column >= 0) & (column < width)
@@ -58,8 +60,7 @@ def _tap(row, column, valid, height, width, first, num_tokens):
 @_jit
 def _forward_kernel(
     value,  # [B, S, heads, D]
-    spatial_shapes,  # [L, 2]
-    level_start_index,  # [L]
+    levels,  # [L, 3] (height, width, first token)
     locations,  # [B, Q, heads, L, P, 2]
     weights,  # [B, Q, heads, L, P]
     output,  # [B, Q, heads, D]
@@ -84,9 +85,9 @@ def _forward_kernel(
 
     total = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for level in range(LEVELS):
-        height = tl.load(spatial_shapes + 2 * level).to(tl.int32)
-        width = tl.load(spatial_shapes + 2 * level + 1).to(tl.int32)
-        first = tl.load(level_start_index + level).to(tl.int32)
+        height = tl.load(levels + 3 * level)
+        width = tl.load(levels + 3 * level + 1)
+        first = tl.load(levels + 3 * level + 2)
         for index in range(POINTS):
             point = (item * LEVELS + level) * POINTS + index
             weight = tl.load(weights + point, mask=in_query, other=0.0).to(tl.float32)
@@ -107,8 +108,7 @@ def _forward_kernel(
 def _backward_kernel(
     grad_output,  # [B, Q, heads, D]
     value,
-    spatial_shapes,
-    level_start_index,
+    levels,
     locations,
     weights,
     grad_value,  # [B, S, heads, D] float32, zeros: what several programs add to
@@ -138,9 +138,9 @@ def _backward_kernel(
     offset = (item * WIDTH)[:, None] + channel[None, :]
     grad = tl.load(grad_output + offset, mask=in_query[:, None] & in_width, other=0.0).to(tl.float32)
     for level in range(LEVELS):
-        height = tl.load(spatial_shapes + 2 * level).to(tl.int32)
-        width = tl.load(spatial_shapes + 2 * level + 1).to(tl.int32)
-        first = tl.load(level_start_index + level).to(tl.int32)
+        height = tl.load(levels + 3 * level)
+        width = tl.load(levels + 3 * level + 1)
+        first = tl.load(levels + 3 * level + 2)
         for index in range(POINTS):
             point = (item * LEVELS + level) * POINTS + index
             weight = tl.load(weights + point, mask=in_query, other=0.0).to(tl.float32)
@@ -164,13 +164,8 @@ def _backward_kernel(
             tl.store(grad_locations + 2 * point + 1, grad_y * weight * height, mask=in_query)
 
 
-def _check(
-    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, locations: Tensor, weights: Tensor
-) -> None:
-    """Refuse sizes, dtypes and devices that don't fit each other.
-
-    Not the sizes of the levels: to look at numbers on a GPU would be to wait for it. The kernels are safe with any.
-    """
+def _check(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> None:
+    """Refuse sizes, dtypes and devices that don't fit each other."""
 
     def check(fits: bool, name: str, expected: str, tensor: Tensor) -> None:
         if not fits:
@@ -179,19 +174,32 @@ def _check(
 
     check(value.dim() == 4, "value", "[B, S, heads, D]", value)
     check(value.dtype in TRITON_DTYPES, "value", "float32, float16 or bfloat16 for Triton", value)
-    batch, _, heads, _ = value.shape
-    levels = level_start_index.numel()
+    batch, num_tokens, heads, _ = value.shape
+    sizes = list(zip(spatial_shapes[::2], spatial_shapes[1::2]))
+    tokens = sum(height * width for height, width in sizes)
+    if len(spatial_shapes) % 2 or min(spatial_shapes, default=0) < 0 or tokens != num_tokens:
+        raise RuntimeError(f"ms_deform_attn: spatial_shapes {sizes} hold {tokens} tokens, value has {num_tokens}")
     queries, points = (locations.shape[1], locations.shape[4]) if locations.dim() == 6 else ("Q", "P")
-    for name, tensor, sizes, floating in (
-        ("spatial_shapes", spatial_shapes, [levels, 2], False),
-        ("level_start_index", level_start_index, [levels], False),
-        ("sampling_locations", locations, [batch, queries, heads, levels, points, 2], True),
-        ("attention_weights", weights, [batch, queries, heads, levels, points], True),
+    for name, tensor, expected in (
+        ("sampling_locations", locations, [batch, queries, heads, len(sizes), points, 2]),
+        ("attention_weights", weights, [batch, queries, heads, len(sizes), points]),
     ):
-        fits = list(tensor.shape) == sizes and (tensor.is_floating_point() if floating else tensor.dtype == torch.int64)
-        kind = "floating point" if floating else "int64"
-        shown = ", ".join(map(str, sizes))
-        check(fits and tensor.device == value.device, name, f"{kind} [{shown}] on {value.device}", tensor)
+        fits = list(tensor.shape) == expected and tensor.is_floating_point() and tensor.device == value.device
+        check(fits, name, f"floating point [{', '.join(map(str, expected))}] on {value.device}", tensor)
+
+
+@functools.lru_cache(maxsize=64)
+def _level_table(spatial_shapes: tuple[int, ...], device: torch.device) -> Tensor:
+    """[L, 3] int32 (height, width, first token) of each level, on ``device``: the last few are kept.
+
+    Copying the numbers anew for every call would take longer than many a kernel. No autograd graph ever holds the
+    table, so one that was made in inference mode serves training too.
+    """
+    rows, first = [], 0
+    for height, width in zip(spatial_shapes[::2], spatial_shapes[1::2]):
+        rows.append((height, width, first))
+        first += height * width
+    return torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, 3)
 
 
 def _launch(kernel, tensors: tuple[Tensor, ...], value: Tensor, locations: Tensor) -> None:
@@ -207,35 +215,31 @@ def _launch(kernel, tensors: tuple[Tensor, ...], value: Tensor, locations: Tenso
 
 
 def ms_deform_attn_triton(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
+    value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
     """Multi-scale deformable attention on the GPU. Not differentiable by itself: the operator is.
 
-    Arguments and result are those of :func:`codetr_d2.ops.ms_deform_attn`, in any strides. Nothing waits for the GPU.
+    Arguments and result are those of the operator, tensors in any strides. Nothing waits for the GPU.
 
     Raises:
         RuntimeError: sizes, dtypes or devices that don't fit each other; a value that is not of ``TRITON_DTYPES``.
     """
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    _check(*inputs)
+    _check(value, spatial_shapes, sampling_locations, attention_weights)
     batch, _, heads, width = value.shape
     sizes = (batch, sampling_locations.shape[1], heads * width)
     if not value.numel() or not attention_weights.numel():
         return value.new_zeros(sizes)
     output = value.new_empty(sizes)
-    _launch(_forward_kernel, (*(x.contiguous() for x in inputs), output), value, sampling_locations)
+    levels = _level_table(tuple(spatial_shapes), value.device)
+    tensors = (value.contiguous(), levels, sampling_locations.contiguous(), attention_weights.contiguous(), output)
+    _launch(_forward_kernel, tensors, value, sampling_locations)
     return output
 
 
 def ms_deform_attn_triton_backward(
     grad_output: Tensor,
     value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
+    spatial_shapes: Sequence[int],
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,8 +251,7 @@ def ms_deform_attn_triton_backward(
     Raises:
         RuntimeError: as the forward pass; ``torch.use_deterministic_algorithms(True)`` was called.
     """
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    _check(*inputs)
+    _check(value, spatial_shapes, sampling_locations, attention_weights)
     expected = (value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
     if grad_output.shape != expected:
         raise RuntimeError(f"ms_deform_attn: grad_output must be {list(expected)}, got {list(grad_output.shape)}")
@@ -262,21 +265,15 @@ def ms_deform_attn_triton_backward(
         torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (sampling_locations, attention_weights)
     ]
     if value.numel() and attention_weights.numel():
-        tensors = (x.contiguous() for x in (grad_output, *inputs))
-        _launch(_backward_kernel, (*tensors, grad_value, *grads), value, sampling_locations)
+        levels = _level_table(tuple(spatial_shapes), value.device)
+        inputs = (grad_output, value, levels, sampling_locations, attention_weights)
+        _launch(_backward_kernel, (*(x.contiguous() for x in inputs), grad_value, *grads), value, sampling_locations)
     return grad_value.to(value.dtype), *grads
 
 
 def probe(device: torch.device) -> None:
     """Compile and launch a kernel on ``device``; raises whatever Triton does where that can't be done."""
-    value, sizes, starts, locations, weights = (
-        torch.zeros(shape, dtype=dtype, device=device)
-        for shape, dtype in (
-            ((1, 1, 1, 1), torch.float32),
-            ((1, 2), torch.int64),
-            ((1,), torch.int64),
-            ((1, 1, 1, 1, 1, 2), torch.float32),
-            ((1, 1, 1, 1, 1), torch.float32),
-        )
+    value, locations, weights = (
+        torch.zeros(x, device=device) for x in ((1, 1, 1, 1), (1, 1, 1, 1, 1, 2), (1, 1, 1, 1, 1))
     )
-    ms_deform_attn_triton(value, sizes, starts, locations, weights)
+    ms_deform_attn_triton(value, [1, 1], locations, weights)

@@ -20,7 +20,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "instruction_sets.h"
+#include "../instruction_sets.h"
 
 namespace {
 

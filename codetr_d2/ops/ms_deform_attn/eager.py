@@ -1,5 +1,7 @@
 """Deformable attention in plain PyTorch: the readable definition, and the oracle of the compiled kernels."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 __all__ = ["ms_deform_attn_eager", "ms_deform_attn_eager_backward"]
 
 
-def _prepare(value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor):
+def _prepare(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor):
     """Lay out the inputs for ``grid_sample``, in float32 at least: images and heads become one batch axis.
 
     Returns:
@@ -19,7 +21,10 @@ def _prepare(value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: 
     grids = 2 * locations.to(dtype).nan_to_num(nan=-2.0).clamp(-2.0, 3.0) - 1
     grids = grids.transpose(1, 2).flatten(0, 1)  # [B, Q, H, L, P, 2] -> [B*H, Q, L, P, 2]
     weights = weights.to(dtype).transpose(1, 2).flatten(0, 1)  # [B, Q, H, L, P] -> [B*H, Q, L, P]
-    shapes = spatial_shapes.tolist()
+    shapes = list(zip(spatial_shapes[::2], spatial_shapes[1::2]))
+    tokens = sum(height * width for height, width in shapes)
+    if tokens != value.shape[1]:
+        raise RuntimeError(f"ms_deform_attn: spatial_shapes hold {tokens} tokens, value has {value.shape[1]}")
     features = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)  # [B, S, H, D] -> [B*H, D, S]
     levels = features.split([height * width for height, width in shapes], dim=2)
     first = 0
@@ -33,14 +38,13 @@ def _prepare(value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: 
 
 def ms_deform_attn_eager(
     value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
+    spatial_shapes: Sequence[int],
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
     """Multi-scale deformable attention by ``grid_sample``, on any device and dtype, differentiable by plain autograd.
 
-    Arguments and result are those of :func:`codetr_d2.ops.ms_deform_attn`.
+    Arguments and result are those of :func:`codetr_d2.ops.ms_deform_attn`, with ``spatial_shapes`` as a flat list.
     """
     batch, _, num_heads, head_dim = value.shape
     num_queries = sampling_locations.shape[1]
@@ -58,8 +62,7 @@ def ms_deform_attn_eager(
 def ms_deform_attn_eager_backward(
     grad_output: Tensor,
     value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
+    spatial_shapes: Sequence[int],
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from .ms_deform_attn import library_is_loaded
+from ..library import library_is_loaded
 
 __all__ = ["roi_align"]
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ms_deform_attn import library_is_loaded
+from ..library import library_is_loaded
 
 __all__ = ["feed_forward"]
 

@@ -1,0 +1,38 @@
+"""The compiled library that ``setup.py`` builds: the operators for the CPU."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+__all__ = ["BUILD_COMMAND", "library_is_loaded", "library_problem"]
+
+BUILD_COMMAND = f"{sys.executable} -m pip install --no-build-isolation --no-deps -e ."
+
+
+def _load() -> str:
+    libraries = sorted(Path(__file__).parents[1].glob("_C.*"))
+    if not libraries:
+        return "its C++ library is not built"
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:  # built against another PyTorch, or for another machine
+        return f"its C++ library can't be loaded ({error})"
+    operator = getattr(torch.ops.codetr_d2, "_ms_deform_attn_cpp", None)
+    if operator is None or "int[] spatial_shapes" not in str(operator.default._schema):
+        return "its C++ library was built from older sources"
+    return ""
+
+
+_problem = _load()
+
+
+def library_is_loaded() -> bool:
+    """Whether the compiled library is there."""
+    return not _problem
+
+
+def library_problem() -> str:
+    """Why the compiled library can't be used and how to mend that, "" if it can."""
+    how = f"with a C++ compiler, this command in the project's folder builds it: {BUILD_COMMAND}"
+    return f"{_problem}; {how}" if _problem else ""
