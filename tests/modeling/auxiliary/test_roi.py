@@ -387,6 +387,10 @@ def test_wrong_options_are_named(cfg, input_shapes):
     with pytest.raises(InputError, match="TRAIN_ON_PRED_BOXES"):
         build_auxiliary_head("roi", cfg, input_shapes)
     cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES = False
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIPool"
+    with pytest.raises(InputError, match="MODEL.ROI_BOX_HEAD.POOLER_TYPE is 'ROIPool'.*ROIAlignV2"):
+        build_auxiliary_head("roi", cfg, input_shapes)
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIAlignV2"
     cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     with pytest.raises(InputError, match="ROI_HEADS.NAME"):
         build_auxiliary_head("roi", cfg, input_shapes)
@@ -399,7 +403,10 @@ def add_rectangles(targets):
     return targets
 
 
-def test_roi_align_reads_the_maps_as_they_lie(cfg, input_shapes, make_pyramid, make_targets, storage, monkeypatch):
+@pytest.mark.parametrize("pooler_type", ["ROIAlign", "ROIAlignV2"])
+def test_roi_align_reads_the_maps_as_they_lie(
+    cfg, input_shapes, make_pyramid, make_targets, storage, monkeypatch, pooler_type
+):
     """Box and mask heads call our operator, with views of the tokens, and pool what detectron2's poolers do."""
     layouts = set()
 
@@ -409,6 +416,7 @@ def test_roi_align_reads_the_maps_as_they_lie(cfg, input_shapes, make_pyramid, m
 
     monkeypatch.setattr(roi_module, "roi_align", recorded)
     cfg.MODEL.MASK_ON = True
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE = pooler_type
     head = build_auxiliary_head("roi", cfg, input_shapes)
     pyramid = make_pyramid([(96, 128)])
     head(pyramid, [add_rectangles(make_targets((96, 128), [[10, 10, 60, 70]], [2]))])
@@ -417,7 +425,7 @@ def test_roi_align_reads_the_maps_as_they_lie(cfg, input_shapes, make_pyramid, m
     boxes = [Boxes(torch.tensor([[10.0, 10, 60, 70], [0, 0, 128, 96]]))]
     for size, pooler in poolers.items():
         scales = [x.spatial_scale for x in pooler.level_poolers]
-        plain = ROIPooler(size, scales, 0, "ROIAlignV2")
+        plain = ROIPooler(size, scales, 0, pooler_type)
         maps = pyramid.maps()[:-1]
         torch.testing.assert_close(pooler(maps, boxes), plain(maps, boxes))
 
