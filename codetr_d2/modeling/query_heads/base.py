@@ -31,7 +31,10 @@ class QueryHead(nn.Module):
     positive queries of the auxiliary heads, the losses and the detections are made here.
 
     Args:
+        encoder: of the transformer.
         decoder: (groups of queries, encoder's output) -> for each group a :class:`DecoderOutput`.
+        proposals: predicts, from the encoder's output, what queries start from; None where they start from what is
+            learned alone.
         positive_queries: one module for each auxiliary head, by its name.
         criterion: the losses.
         embed_dim: channels of the encoder's output and of the queries.
@@ -43,7 +46,9 @@ class QueryHead(nn.Module):
     def __init__(
         self,
         *,
+        encoder: nn.Module,
         decoder: nn.Module,
+        proposals: nn.Module | None = None,
         positive_queries: dict[str, PositiveQueries],
         criterion: SetCriterion,
         embed_dim: int,
@@ -52,7 +57,10 @@ class QueryHead(nn.Module):
         positive_weight: float = 1.0,
     ):
         super().__init__()
+        # In this order, which that of the optimizer's state follows.
+        self.encoder = encoder
         self.decoder = decoder
+        self.proposals = proposals
         self.positive_queries = nn.ModuleDict(positive_queries)
         self.criterion = criterion
         self.embed_dim = embed_dim

@@ -24,26 +24,20 @@ class TwoStageQueryHead(QueryHead):
     what of the encoder is trained (:meth:`encoder_output`).
 
     Args:
-        encoder: of the transformer.
         position_encoding: of the feature maps' cells.
-        proposals: predicts class and box at every token of the encoder.
         num_queries: number of matching queries.
-        kwargs: those of :class:`QueryHead`.
+        kwargs: those of :class:`QueryHead`; ``proposals`` predict class and box at every token of the encoder.
     """
 
     def __init__(
         self,
         *,
-        encoder: DeformableEncoder,
         position_encoding: SinePositionEncoding,
-        proposals: TwoStageProposals,
         num_queries: int,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.encoder = encoder
         self.position_encoding = position_encoding
-        self.proposals = proposals
         self.num_queries = num_queries
         self.query_content = nn.Embedding(num_queries, self.embed_dim)
 

@@ -76,6 +76,7 @@ class _OneMapHead(QueryHead):
 
     def __init__(self, num_queries=6, dim=16, num_classes=3):
         super().__init__(
+            encoder=nn.Linear(dim, dim),
             decoder=_OneLayer(dim, num_classes),
             positive_queries={"own": PositiveQueries(dim, num_classes, 10, 2, "mask", content_only=True)},
             criterion=SetCriterion(num_classes, HungarianMatcher(2.0, 5.0, 2.0), 2.0, 5.0, 2.0),
@@ -87,7 +88,7 @@ class _OneMapHead(QueryHead):
         self.content = nn.Parameter(torch.randn(num_queries, dim))
 
     def encode(self, pyramid):
-        return pyramid
+        return pyramid.with_tokens(self.encoder(pyramid.tokens))
 
     def queries_and_proposals(self, memory):
         batch = len(memory.tokens)
@@ -121,6 +122,7 @@ def test_one_map_and_no_proposals():
         target_boxes=[torch.tensor([[5.0, 5, 60, 60], [0, 0, 0, 0]])] * 2,
         features=[torch.randn(2, 16)] * 2,
     )
+    memory = head.encode(memory)
     losses, output = head.losses(memory, {"own": samples}, instances)
     assert set(losses) == {f"loss_{kind}{group}" for kind in ("cls", "box", "giou") for group in ("", "_aux_own")}
     sum(losses.values()).backward()
@@ -132,3 +134,12 @@ def test_one_map_and_no_proposals():
     for name, value in heavier.items():
         torch.testing.assert_close(value, losses[name] * (2 if "own" in name else 1))
     assert [len(x) for x in head.inference(memory)] == [5, 5]
+
+
+@every_head
+def test_order_of_the_parameters(query_head):
+    """An optimizer's saved state goes by the order of the parameters: a run of before must find its own."""
+    head = build("MODEL.CODETR.QUERY_HEAD", query_head).query_head
+    order = list(dict.fromkeys(name.split(".")[0] for name, _ in head.named_parameters()))
+    expected = ["encoder", "decoder", "proposals", "positive_queries", "query_content"]
+    assert order[: len(expected)] == expected
