@@ -126,6 +126,14 @@ def test_losses(head, make_pyramid, targets):
     torch.testing.assert_close(losses["loss_centerness"], centerness_loss / num_positive)
 
 
+def test_every_loss_is_divided_by_a_mean_over_the_processes(head, make_pyramid, targets, other_process):
+    """Another process has three times as many positives, as central as these: twice as many on average."""
+    alone, _ = head(make_pyramid(SIZES), targets)
+    other_process(3)
+    for name, loss in head(make_pyramid(SIZES), targets)[0].items():
+        torch.testing.assert_close(loss, alone[name] / 2)
+
+
 def test_initial_scores_are_one_percent(cfg, make_pyramid):
     """Heads of any width can be built, and start with the prior of the focal loss."""
     from detectron2.layers import ShapeSpec

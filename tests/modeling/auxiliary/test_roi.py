@@ -227,7 +227,7 @@ def test_soft_nms_at_a_threshold_that_nothing_reaches(d2_cfg, shapes, make_pyram
     heads = build_roi_heads(d2_cfg, shapes).eval()
     pyramid = make_pyramid([(64, 96)])
     features = dict(zip(NAMES, pyramid.maps()))
-    corner = torch.rand(30, 2) * 40
+    corner = torch.rand(30, 2) * 100 - 20  # many reach over the border
     proposals = [Instances((64, 96), proposal_boxes=Boxes(torch.cat((corner, corner + 20), dim=1)))]
     images = ImageList(torch.zeros(1, 3, 64, 96), [(64, 96)])
     with torch.no_grad():
@@ -237,6 +237,7 @@ def test_soft_nms_at_a_threshold_that_nothing_reaches(d2_cfg, shapes, make_pyram
         heads.box_predictor.test_nms_thresh = 0.3
         [lowered] = heads(images, features, proposals)[0]
     assert len(hard) > 30
+    assert hard.pred_boxes.tensor.amin() == 0 and hard.pred_boxes.tensor[:, 3].amax() == 64  # clipped
     torch.testing.assert_close(soft.scores, hard.scores)
     torch.testing.assert_close(soft.pred_boxes.tensor, hard.pred_boxes.tensor)
     assert torch.equal(soft.pred_classes, hard.pred_classes)
@@ -470,6 +471,27 @@ def test_mask_loss(cfg, input_shapes, make_pyramid, make_targets, storage):
         truth.append(inside[1][:, None] & inside[0])
     expected = F.binary_cross_entropy_with_logits(logits, torch.stack(truth).float())
     torch.testing.assert_close(losses["loss_mask"], expected, rtol=1e-3, atol=0)
+
+
+def test_every_loss_is_divided_by_a_mean_over_the_processes(
+    cfg, input_shapes, make_pyramid, make_targets, storage, other_process
+):
+    """Another process has sampled three times as many anchors and ROIs: twice as many on average."""
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
+    head = build_auxiliary_head("roi", cfg, input_shapes)
+    targets = [add_rectangles(make_targets((96, 128), [[10, 10, 60, 70], [50, 20, 120, 90]], [2, 0]))]
+
+    def losses():
+        torch.manual_seed(0)
+        return head(make_pyramid([(96, 128)]), targets)[0]
+
+    alone = losses()
+    assert set(alone) == LOSSES | {"loss_mask"}
+    other_process(3)
+    for name, loss in losses().items():
+        assert loss > 0
+        torch.testing.assert_close(loss, alone[name] / 2)
 
 
 @pytest.mark.parametrize("empty", [(0,), (0, 1)])
