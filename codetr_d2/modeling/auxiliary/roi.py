@@ -355,8 +355,7 @@ class ROIHead(AuxiliaryHead):
         """See the base class."""
         images, features = self._inputs(pyramid)
         proposals, _ = self.proposal_generator(images, features)
-        detections, _ = self.roi_heads(images, features, proposals)
-        return detections
+        return self.roi_heads._forward_box(features, proposals)  # masks are the caller's to ask for
 
     @torch.no_grad()
     def predict_masks(self, memory: FeaturePyramid, detections: list[Instances]) -> list[Instances]:

@@ -512,19 +512,20 @@ def test_masks_of_images_without_objects(cfg, input_shapes, make_pyramid, make_t
 
 @torch.no_grad()
 def test_masks_of_given_detections(cfg, input_shapes, make_pyramid):
-    """The head's own detections get the same masks where they are given to it."""
+    """They get the masks that detectron2's inference gives to the head's own detections."""
     cfg.MODEL.MASK_ON = True
     cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
     cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
     pyramid = make_pyramid([(96, 128), (80, 90)])
     head = build_auxiliary_head("roi", cfg, input_shapes).eval()
-    own = head.inference(pyramid)
+    images, features = head._inputs(pyramid)
+    own, _ = head.roi_heads(images, features, head.proposal_generator(images, features)[0])
     coarsest = pyramid.geometry.level_sizes[-1]
     geometry = dataclasses.replace(pyramid.geometry, shapes=pyramid.geometry.shapes[:-1])
     memory = FeaturePyramid(pyramid.tokens[:, :-coarsest], geometry)
     masks = [x.pred_masks.clone() for x in own]
-    for x in own:
-        x.remove("pred_masks")
-    for x, mask in zip(head.predict_masks(memory, own), masks):
+    detections = head.inference(pyramid)
+    assert not any(x.has("pred_masks") for x in detections)
+    for x, mask in zip(head.predict_masks(memory, detections), masks):
         assert mask.shape == (len(x), 1, 28, 28) and len(x) > 10
         torch.testing.assert_close(x.pred_masks, mask)
