@@ -4,6 +4,7 @@ import matplotlib
 import pytest
 import torch
 import yaml
+from detectron2.utils import comm
 
 from codetr_d2.modeling.pyramid import FeaturePyramid, Geometry
 from tests.tiny_detector import NUM_CLASSES, write_dataset
@@ -29,6 +30,17 @@ def memory():
     """An encoder's output for two images of 32x48 pixels, strides 8 and 16; the second image is narrower."""
     geometry = Geometry.build([(4, 6), (2, 3)], [8, 16], [(32, 48), (32, 32)], (32, 48))
     return FeaturePyramid(torch.randn(2, 30, 32), geometry)
+
+
+@pytest.fixture
+def other_process(monkeypatch):
+    """A function after whose call the training seems to have a second process, with ``factor`` times the numbers."""
+
+    def start(factor):
+        monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.add_(factor * x))
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -79,3 +79,11 @@ def test_two_processes_equal_one(tmp_path):
 def test_one_process():
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     assert reduce_mean(x) is x
+
+
+def test_the_mean_of_two_processes(other_process):
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    other_process(3)
+    mean = reduce_mean(x)
+    assert mean.tolist() == [2.0, 4.0] and not mean.requires_grad
+    assert x.tolist() == [1.0, 2.0]

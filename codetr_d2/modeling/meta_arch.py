@@ -225,9 +225,11 @@ class CoDETR(nn.Module):
 
     def finish(self, results: list[Instances], memory: FeaturePyramid, batched_inputs: list[dict]) -> list[dict]:
         """Detections in pixels of the network input -> with their masks, in the pixels that each input asks for."""
+        # Before the masks: a mask fills its box, so it must be predicted for the box that it is pasted into.
+        results = [clip_to_image(result, x["image"]) for result, x in zip(results, batched_inputs)]
         if self.mask_head is not None:
             results = self.mask_head.inference(memory, results)
-        elif self.roi_masks and not results[0].has("pred_masks"):
+        elif self.roi_masks:
             results = self.auxiliary_heads["roi"].predict_masks(memory, results)
         return [{"instances": rescale(result, x)} for result, x in zip(results, batched_inputs)]
 
@@ -285,8 +287,14 @@ def map_layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
+def clip_to_image(result: Instances, image: Tensor) -> Instances:
+    """Detections -> those inside their image [C, height, width], clipped to it: a canvas is larger than its image."""
+    result = Instances(tuple(image.shape[-2:]), **result.get_fields())
+    result.pred_boxes.clip(result.image_size)
+    return result[result.pred_boxes.nonempty()]
+
+
 def rescale(result: Instances, model_input: dict) -> Instances:
     """Detections in pixels of the network input -> in the pixels of the original image, where these are given."""
-    height, width = model_input["image"].shape[-2:]  # without padding, which a canvas counts in
-    result = Instances((height, width), **result.get_fields())
+    height, width = result.image_size
     return detector_postprocess(result, model_input.get("height", height), model_input.get("width", width))

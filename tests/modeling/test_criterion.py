@@ -69,6 +69,17 @@ def test_fixed_targets_against_libraries(criterion):
         torch.testing.assert_close(losses[f"loss_giou{suffix}"], 2 * giou / n)
 
 
+def test_losses_are_divided_by_the_mean_over_the_processes(criterion, other_process):
+    """Another process has three times as many positives: twice as many on average."""
+    targets, _, encoder_output = make_scene(3, 2)
+    outputs = [make_output(""), make_output("_aux_roi", torch.tensor([[1, 0, 3, 4, 4, 4], [2, 4, 4, 4, 4, 4]]))]
+    alone = criterion(outputs, encoder_output, targets)
+    other_process(3)
+    for name, loss in criterion(outputs, encoder_output, targets).items():
+        assert loss > 0
+        torch.testing.assert_close(loss, alone[name] / 2)
+
+
 def test_names(criterion):
     targets, _, encoder_output = make_scene(2, 1)
     losses = criterion([make_output("")], encoder_output, targets)

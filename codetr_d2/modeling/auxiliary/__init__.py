@@ -3,6 +3,7 @@
 from .anchors import RatioMajorAnchorGenerator
 from .atss import ATSSHead
 from .base import AUX_HEAD_REGISTRY, AuxiliaryHead, auxiliary_head_names, build_auxiliary_head
+from .dense import DenseHead, DenseTargets
 from .roi import CoROIHeads, CoRPN, ROIHead
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "AuxiliaryHead",
     "CoROIHeads",
     "CoRPN",
+    "DenseHead",
+    "DenseTargets",
     "ROIHead",
     "RatioMajorAnchorGenerator",
     "auxiliary_head_names",

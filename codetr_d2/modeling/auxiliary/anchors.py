@@ -7,7 +7,7 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes
 from torch import Tensor
 
-__all__ = ["RatioMajorAnchorGenerator", "valid_anchors"]
+__all__ = ["RatioMajorAnchorGenerator", "square_anchors", "valid_anchors"]
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()
@@ -23,6 +23,18 @@ class RatioMajorAnchorGenerator(DefaultAnchorGenerator):
         """[len(aspect_ratios) * len(sizes), 4] anchors around (0, 0), xyxy in pixels; see the base class."""
         anchors = super().generate_cell_anchors(sizes, aspect_ratios)
         return anchors.view(len(sizes), len(aspect_ratios), 4).transpose(0, 1).reshape(-1, 4)
+
+
+def square_anchors(strides: list[int], scale: float, offset: float = 0.0) -> DefaultAnchorGenerator:
+    """A generator of one square anchor for each cell, of the side ``scale`` strides.
+
+    Args:
+        strides: the stride of each level, in pixels.
+        scale: side of an anchor, in strides.
+        offset: centre of an anchor from its cell's top left corner, in strides.
+    """
+    sizes = [[scale * stride] for stride in strides]
+    return DefaultAnchorGenerator(sizes=sizes, aspect_ratios=[1.0], strides=strides, offset=offset)
 
 
 def valid_anchors(

@@ -136,6 +136,27 @@ class CoROIAlign(ROIAlign):
         return roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
 
 
+class CoROIPooler(ROIPooler):
+    """detectron2's pooler of several levels, on :class:`CoROIAlign`.
+
+    torchvision's operator would copy the maps, which lie channels last, and its backward pass on CPUs is slow.
+    """
+
+    def __init__(self, output_size: int, scales: list[float], sampling_ratio: int, pooler_type: str) -> None:
+        """
+        Args:
+            output_size: side of a pooled region, in cells.
+            scales: 1 / stride of each level, from fine to coarse.
+            sampling_ratio: samples along a side of a cell; 0: as many as the region needs.
+            pooler_type: "ROIAlign", or "ROIAlignV2", which is shifted by half a pixel.
+        """
+        super().__init__(output_size, scales, sampling_ratio, pooler_type)
+        aligned = pooler_type == "ROIAlignV2"
+        self.level_poolers = nn.ModuleList(
+            [CoROIAlign(self.output_size, scale, sampling_ratio, aligned) for scale in scales]
+        )
+
+
 @ROI_HEADS_REGISTRY.register()
 class CoROIHeads(StandardROIHeads):
     """detectron2's ROI heads as Co-DETR was published with them. They differ in these rules:
@@ -159,13 +180,6 @@ class CoROIHeads(StandardROIHeads):
         super().__init__(**kwargs, proposal_append_gt=False)
         self.proposal_prepend_gt = proposal_prepend_gt
         self.soft_nms = soft_nms
-        # torchvision's operator would copy the maps, which lie channels last, and its CPU backward is slow.
-        for pooler in [x for x in self.modules() if isinstance(x, ROIPooler)]:
-            for level, x in enumerate(pooler.level_poolers):
-                if type(x) is ROIAlign:
-                    pooler.level_poolers[level] = CoROIAlign(
-                        x.output_size, x.spatial_scale, x.sampling_ratio, x.aligned
-                    )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -174,6 +188,17 @@ class CoROIHeads(StandardROIHeads):
             raise InputError("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES: CoROIHeads has no such training; set it to False")
         ret["proposal_prepend_gt"] = ret.pop("proposal_append_gt")
         ret["soft_nms"] = cfg.MODEL.ROI_HEADS.SOFT_NMS
+        for part in ("BOX", "MASK") if cfg.MODEL.MASK_ON else ("BOX",):
+            options = cfg.MODEL[f"ROI_{part}_HEAD"]
+            if options.POOLER_TYPE not in ("ROIAlign", "ROIAlignV2"):
+                raise InputError(
+                    f"MODEL.ROI_{part}_HEAD.POOLER_TYPE is {options.POOLER_TYPE!r}; CoROIHeads pools by ROIAlign or "
+                    "ROIAlignV2"
+                )
+            scales = [1 / input_shape[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
+            ret[f"{part.lower()}_pooler"] = CoROIPooler(
+                options.POOLER_RESOLUTION, scales, options.POOLER_SAMPLING_RATIO, options.POOLER_TYPE
+            )
         return ret
 
     @torch.no_grad()
@@ -330,8 +355,7 @@ class ROIHead(AuxiliaryHead):
         """See the base class."""
         images, features = self._inputs(pyramid)
         proposals, _ = self.proposal_generator(images, features)
-        detections, _ = self.roi_heads(images, features, proposals)
-        return detections
+        return self.roi_heads._forward_box(features, proposals)  # masks are the caller's to ask for
 
     @torch.no_grad()
     def predict_masks(self, memory: FeaturePyramid, detections: list[Instances]) -> list[Instances]:

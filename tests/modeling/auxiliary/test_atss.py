@@ -126,6 +126,14 @@ def test_losses(head, make_pyramid, targets):
     torch.testing.assert_close(losses["loss_centerness"], centerness_loss / num_positive)
 
 
+def test_every_loss_is_divided_by_a_mean_over_the_processes(head, make_pyramid, targets, other_process):
+    """Another process has three times as many positives, as central as these: twice as many on average."""
+    alone, _ = head(make_pyramid(SIZES), targets)
+    other_process(3)
+    for name, loss in head(make_pyramid(SIZES), targets)[0].items():
+        torch.testing.assert_close(loss, alone[name] / 2)
+
+
 def test_initial_scores_are_one_percent(cfg, make_pyramid):
     """Heads of any width can be built, and start with the prior of the focal loss."""
     from detectron2.layers import ShapeSpec
@@ -169,14 +177,32 @@ def test_inference_ranks_by_class_and_centerness(head, make_pyramid):
         levels = head.predict(pyramid.maps())
         scores = torch.cat([(x[i].sigmoid() * c[i, :, None].sigmoid()).flatten() for x, _, c in levels])
         # Boxes that lie outside of the image are empty after clipping, and dropped.
-        assert 0 < len(detections) <= len(scores)
+        assert 0 < len(detections) <= len(scores) and detections.pred_boxes.nonempty().all()
         assert (torch.isclose(detections.scores[:, None], scores).any(1)).all()
         assert (detections.scores.diff() <= 0).all()
 
     head.pre_nms_topk = 1
     head.detections_per_image = 100
     for detections in head.inference(pyramid):
-        assert len(detections) <= 5  # one of each level
+        assert 0 < len(detections) <= 5  # one of each level
+
+
+def test_options(cfg, input_shapes):
+    """Every option of the config reaches the head."""
+    options = {"NUM_CONVS": 3, "ANCHOR_SCALE": 6.0, "TOPK": 5, "BBOX_REG_WEIGHTS": (1.0, 2.0, 3.0, 4.0)}
+    options |= {"LOSS_CLS": 0.1, "LOSS_BOX": 0.2, "LOSS_CENTERNESS": 0.3}
+    options |= {"PRE_NMS_TOPK_TEST": 50, "NMS_THRESH_TEST": 0.4, "SOFT_NMS": True}
+    assert set(options) == set(cfg.MODEL.ATSS)
+    cfg.MODEL.ATSS.update(options)
+    cfg.TEST.DETECTIONS_PER_IMAGE = 33
+    head = build_auxiliary_head("atss", cfg, input_shapes)
+    assert len(head.cls_tower) == len(head.box_tower) == 3
+    assert [x.tolist() for x in head.anchor_generator.cell_anchors] == [
+        [[-3 * s, -3 * s, 3 * s, 3 * s]] for s in (8, 16, 32, 64, 128)
+    ]
+    assert (head.topk, head.box2box_transform.weights) == (5, (1.0, 2.0, 3.0, 4.0))
+    assert head.loss_weights == {"loss_cls": 0.1, "loss_box": 0.2, "loss_centerness": 0.3}
+    assert (head.pre_nms_topk, head.nms_thresh, head.soft_nms, head.detections_per_image) == (50, 0.4, True, 33)
 
 
 def test_soft_nms_lowers_scores_instead_of_dropping(head, make_pyramid):

@@ -227,7 +227,7 @@ def test_soft_nms_at_a_threshold_that_nothing_reaches(d2_cfg, shapes, make_pyram
     heads = build_roi_heads(d2_cfg, shapes).eval()
     pyramid = make_pyramid([(64, 96)])
     features = dict(zip(NAMES, pyramid.maps()))
-    corner = torch.rand(30, 2) * 40
+    corner = torch.rand(30, 2) * 100 - 20  # many reach over the border
     proposals = [Instances((64, 96), proposal_boxes=Boxes(torch.cat((corner, corner + 20), dim=1)))]
     images = ImageList(torch.zeros(1, 3, 64, 96), [(64, 96)])
     with torch.no_grad():
@@ -237,6 +237,7 @@ def test_soft_nms_at_a_threshold_that_nothing_reaches(d2_cfg, shapes, make_pyram
         heads.box_predictor.test_nms_thresh = 0.3
         [lowered] = heads(images, features, proposals)[0]
     assert len(hard) > 30
+    assert hard.pred_boxes.tensor.amin() == 0 and hard.pred_boxes.tensor[:, 3].amax() == 64  # clipped
     torch.testing.assert_close(soft.scores, hard.scores)
     torch.testing.assert_close(soft.pred_boxes.tensor, hard.pred_boxes.tensor)
     assert torch.equal(soft.pred_classes, hard.pred_classes)
@@ -387,6 +388,10 @@ def test_wrong_options_are_named(cfg, input_shapes):
     with pytest.raises(InputError, match="TRAIN_ON_PRED_BOXES"):
         build_auxiliary_head("roi", cfg, input_shapes)
     cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES = False
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIPool"
+    with pytest.raises(InputError, match="MODEL.ROI_BOX_HEAD.POOLER_TYPE is 'ROIPool'.*ROIAlignV2"):
+        build_auxiliary_head("roi", cfg, input_shapes)
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIAlignV2"
     cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     with pytest.raises(InputError, match="ROI_HEADS.NAME"):
         build_auxiliary_head("roi", cfg, input_shapes)
@@ -399,7 +404,10 @@ def add_rectangles(targets):
     return targets
 
 
-def test_roi_align_reads_the_maps_as_they_lie(cfg, input_shapes, make_pyramid, make_targets, storage, monkeypatch):
+@pytest.mark.parametrize("pooler_type", ["ROIAlign", "ROIAlignV2"])
+def test_roi_align_reads_the_maps_as_they_lie(
+    cfg, input_shapes, make_pyramid, make_targets, storage, monkeypatch, pooler_type
+):
     """Box and mask heads call our operator, with views of the tokens, and pool what detectron2's poolers do."""
     layouts = set()
 
@@ -409,6 +417,7 @@ def test_roi_align_reads_the_maps_as_they_lie(cfg, input_shapes, make_pyramid, m
 
     monkeypatch.setattr(roi_module, "roi_align", recorded)
     cfg.MODEL.MASK_ON = True
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE = pooler_type
     head = build_auxiliary_head("roi", cfg, input_shapes)
     pyramid = make_pyramid([(96, 128)])
     head(pyramid, [add_rectangles(make_targets((96, 128), [[10, 10, 60, 70]], [2]))])
@@ -417,7 +426,7 @@ def test_roi_align_reads_the_maps_as_they_lie(cfg, input_shapes, make_pyramid, m
     boxes = [Boxes(torch.tensor([[10.0, 10, 60, 70], [0, 0, 128, 96]]))]
     for size, pooler in poolers.items():
         scales = [x.spatial_scale for x in pooler.level_poolers]
-        plain = ROIPooler(size, scales, 0, "ROIAlignV2")
+        plain = ROIPooler(size, scales, 0, pooler_type)
         maps = pyramid.maps()[:-1]
         torch.testing.assert_close(pooler(maps, boxes), plain(maps, boxes))
 
@@ -464,6 +473,27 @@ def test_mask_loss(cfg, input_shapes, make_pyramid, make_targets, storage):
     torch.testing.assert_close(losses["loss_mask"], expected, rtol=1e-3, atol=0)
 
 
+def test_every_loss_is_divided_by_a_mean_over_the_processes(
+    cfg, input_shapes, make_pyramid, make_targets, storage, other_process
+):
+    """Another process has sampled three times as many anchors and ROIs: twice as many on average."""
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
+    head = build_auxiliary_head("roi", cfg, input_shapes)
+    targets = [add_rectangles(make_targets((96, 128), [[10, 10, 60, 70], [50, 20, 120, 90]], [2, 0]))]
+
+    def losses():
+        torch.manual_seed(0)
+        return head(make_pyramid([(96, 128)]), targets)[0]
+
+    alone = losses()
+    assert set(alone) == LOSSES | {"loss_mask"}
+    other_process(3)
+    for name, loss in losses().items():
+        assert loss > 0
+        torch.testing.assert_close(loss, alone[name] / 2)
+
+
 @pytest.mark.parametrize("empty", [(0,), (0, 1)])
 def test_masks_of_images_without_objects(cfg, input_shapes, make_pyramid, make_targets, storage, empty):
     cfg.MODEL.MASK_ON = True
@@ -482,19 +512,20 @@ def test_masks_of_images_without_objects(cfg, input_shapes, make_pyramid, make_t
 
 @torch.no_grad()
 def test_masks_of_given_detections(cfg, input_shapes, make_pyramid):
-    """The head's own detections get the same masks where they are given to it."""
+    """They get the masks that detectron2's inference gives to the head's own detections."""
     cfg.MODEL.MASK_ON = True
     cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
     cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
     pyramid = make_pyramid([(96, 128), (80, 90)])
     head = build_auxiliary_head("roi", cfg, input_shapes).eval()
-    own = head.inference(pyramid)
+    images, features = head._inputs(pyramid)
+    own, _ = head.roi_heads(images, features, head.proposal_generator(images, features)[0])
     coarsest = pyramid.geometry.level_sizes[-1]
     geometry = dataclasses.replace(pyramid.geometry, shapes=pyramid.geometry.shapes[:-1])
     memory = FeaturePyramid(pyramid.tokens[:, :-coarsest], geometry)
     masks = [x.pred_masks.clone() for x in own]
-    for x in own:
-        x.remove("pred_masks")
-    for x, mask in zip(head.predict_masks(memory, own), masks):
+    detections = head.inference(pyramid)
+    assert not any(x.has("pred_masks") for x in detections)
+    for x, mask in zip(head.predict_masks(memory, detections), masks):
         assert mask.shape == (len(x), 1, 28, 28) and len(x) > 10
         torch.testing.assert_close(x.pred_masks, mask)

@@ -49,6 +49,23 @@ def test_number_of_slots(num_positives, slots):
     assert (chosen.labels < NUM_CLASSES).sum(1).tolist() == [min(n, slots) for n in num_positives]
 
 
+def test_the_choice_is_random():
+    """Of too many positives and of the negatives that fill up, every one is chosen in a share of the draws."""
+    samples = make_samples(20, 2, num_negatives=30)
+    num_draws, num_slots = 200, 8
+    times_chosen = [torch.zeros(len(labels)) for labels in samples.labels]
+    for _ in range(num_draws):
+        chosen = select_samples(samples, NUM_CLASSES, num_slots, 1, "negatives")
+        for times, boxes in zip(times_chosen, chosen.boxes):
+            times[boxes[:, 0].long()] += 1
+    first, second = times_chosen
+    is_positive = [labels < NUM_CLASSES for labels in samples.labels]
+    assert (first[~is_positive[0]] == 0).all() and (second[is_positive[1]] == num_draws).all()
+    # 80 draws expected of 200 (a standard deviation is 7), and 40 (6).
+    assert ((first[is_positive[0]] > 45) & (first[is_positive[0]] < 115)).all()
+    assert ((second[~is_positive[1]] > 10) & (second[~is_positive[1]] < 70)).all()
+
+
 def test_too_few_candidates_leave_empty_slots():
     chosen = select_samples(make_samples(2, 12, num_negatives=3), NUM_CLASSES, 300, 9, "negatives")
     assert chosen.padding_mask.sum(1).tolist() == [7, 0]
