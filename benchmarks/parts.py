@@ -80,7 +80,7 @@ def count_flops(func: torch._ops.OpOverload, args: tuple, kwargs: dict, output: 
     """The floating-point operations of one call; none for what is no matrix product or the like."""
     name = func.overloadpacket.__name__
     for part, (forward, backward) in FLOPS.items():
-        if part in name:
+        if part in name and tensors:  # without, it says what instructions its kernels use
             return (backward if name.endswith("backward") else forward)(*tensors)
     formula = flop_registry.get(func.overloadpacket)
     return formula(*args, **kwargs, out_val=output) if formula else 0
@@ -170,7 +170,8 @@ class Counter(TorchDispatchMode):
         part = self.scopes.stack[-1]
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
-        self.flops[part] += count_flops(func, args, kwargs, output, inputs)
+        if flops := count_flops(func, args, kwargs, output, inputs):
+            self.flops[part] += flops
         storages = {x.untyped_storage().data_ptr() for x in inputs}
         is_view = not func._schema.is_mutable and any(x.untyped_storage().data_ptr() in storages for x in outputs)
         is_empty = func.overloadpacket.__name__.startswith(("empty", "new_empty"))

@@ -418,13 +418,15 @@ def test_the_tables_of_the_page_are_those_of_the_files():
 
 def commands_of_the_page():
     """The benchmark's commands in docs/performance.md, as lists of arguments."""
+    commands = []
     text = (tables.ROOT / "docs" / "performance.md").read_text().replace("\\\n", " ")
     config = ""
     for line in text.splitlines():
         if line.startswith("CONFIG="):
             config = line.removeprefix("CONFIG=")
         elif line.startswith("python -m benchmarks "):
-            yield shlex.split(line.replace("$CONFIG", config))[3:]
+            commands.append(shlex.split(line.replace("$CONFIG", config))[3:])
+    return commands
 
 
 @pytest.mark.parametrize("command", commands_of_the_page(), ids=" ".join)
