@@ -3,19 +3,13 @@
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from unittest import mock
 
 import torch
 from detectron2.config import CfgNode
 
-from codetr_d2.engine import CoDETRTrainer, ModelEMA, check_config, load_config, setup
-from codetr_d2.engine import trainer as trainer_module
-from codetr_d2.engine.trainer import StepTrainer
-from codetr_d2.modeling.assigners.hungarian import HungarianMatcher
+from codetr_d2.engine import CoDETRTrainer, check_config, load_config, setup
+from codetr_d2.ops import keep_freed_memory
 
 from .machine import Stopwatch, describe_machine, finisher
 from .report import machine_line, plot_bars, print_table, save
@@ -23,62 +17,35 @@ from .report import machine_line, plot_bars, print_table, save
 __all__ = ["benchmark_loop"]
 
 WARM_UP = 10  # iterations
-FORWARD, BACKWARD, MATCHING, HOOKS = "forward", "backward", "matching", "hooks and log"
+FORWARD, BACKWARD, OPTIMIZER, HOOKS = "forward", "backward", "optimizer", "hooks"
 
 
 class _TimedTrainer(CoDETRTrainer):
-    """Trains for a while and keeps the seconds of each iteration and of its parts."""
+    """Trains for a while and keeps the seconds of each iteration and of its parts, which follow each other."""
 
     def __init__(self, cfg: CfgNode, iterations: int):
         super().__init__(cfg)
         self.max_iter = WARM_UP + iterations + 1  # the last one, not timed either, saves a checkpoint
-        self.finish = finisher(cfg.MODEL.DEVICE)
-        self.watch = Stopwatch()
         self.timed_iterations: list[dict[str, float]] = []
-
-    def timed(self, name: str, function: Callable) -> Callable:
-        """The function, timed until the device has done its part."""
-
-        def finished(*args, **kwargs):
-            result = function(*args, **kwargs)
-            self.finish()
-            return result
-
-        return self.watch.timed(name, finished)
-
-    def train(self) -> None:
-        places = {
-            FORWARD: (StepTrainer, "_losses"),
-            BACKWARD: (torch.Tensor, "backward"),
-            MATCHING: (HungarianMatcher, "match"),
-            "clipping": (trainer_module, "clip_full_model"),
-            "optimizer": (self.optimizer, "step"),
-            "EMA": (ModelEMA, "update"),
-            HOOKS: (StepTrainer, "_write_step"),
-        }
-        with ExitStack() as stack:
-            for name, (owner, attribute) in places.items():
-                timed = self.timed(name, getattr(owner, attribute))
-                stack.enter_context(mock.patch.object(owner, attribute, timed))
-            super().train()
+        self.watch = watch = Stopwatch(finisher(cfg.MODEL.DEVICE))
+        self.bare_model.register_forward_pre_hook(lambda *_: watch.lap("data"))
+        self.bare_model.register_forward_hook(lambda *_: watch.lap(FORWARD))
+        trained = [p for p in self.bare_model.parameters() if p.requires_grad]
+        torch.autograd.graph.register_multi_grad_hook(trained, lambda _: watch.lap(BACKWARD))
+        self.optimizer.register_step_pre_hook(lambda *_: watch.lap("clipping and loss values"))
+        self.optimizer.register_step_post_hook(lambda *_: watch.lap(OPTIMIZER))
 
     def before_step(self) -> None:
-        self.watch.seconds.clear()
-        self.start = time.perf_counter()
+        self.watch.restart()
         super().before_step()
-        self.watch.seconds[HOOKS] = time.perf_counter() - self.start
+        self.watch.lap(HOOKS)
 
     def after_step(self) -> None:
-        start = time.perf_counter()
+        self.watch.lap("EMA" if self.ema else OPTIMIZER)
         super().after_step()
-        end = time.perf_counter()
-        parts = dict(self.watch.seconds)
-        parts[HOOKS] += end - start
-        parts[FORWARD] -= parts[MATCHING]  # which is in it
-        parts["data"] = self.storage.history("data_time").latest()
-        parts["rest"] = end - self.start - sum(parts.values())
+        self.watch.lap(HOOKS)
         if WARM_UP <= self.iter < self.max_iter - 1:
-            self.timed_iterations.append(parts)
+            self.timed_iterations.append(self.watch.seconds)
 
 
 def benchmark_loop(args: argparse.Namespace) -> None:
@@ -91,8 +58,11 @@ def benchmark_loop(args: argparse.Namespace) -> None:
     check_config(cfg)
     with tempfile.TemporaryDirectory() as folder:
         cfg.OUTPUT_DIR = folder
-        trainer = _TimedTrainer(setup(cfg), args.iterations)
-        machine = describe_machine(trainer.cfg.MODEL.DEVICE, args.threads)
+        cfg = setup(cfg)
+        if cfg.MODEL.DEVICE == "cpu":
+            keep_freed_memory()
+        trainer = _TimedTrainer(cfg, args.iterations)
+        machine = describe_machine(cfg.MODEL.DEVICE, args.threads)
         trainer.resume_or_load(resume=False)
         trainer.train()
     measured = trainer.timed_iterations

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,17 +70,25 @@ class MemoryProbe:
 
 
 class Stopwatch:
-    """Adds up the seconds that functions take, by a name for each."""
+    """Divides the time since its start into laps, and adds up the seconds of those with one name.
 
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
+    Args:
+        finish: waits for the device.
+    """
 
-    def timed(self, name: str, function: Callable) -> Callable:
-        def wrapper(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+    def __init__(self, finish: Callable[[], None] = lambda: None):
+        self.finish = finish
+        self.restart()
 
-        return wrapper
+    def restart(self) -> None:
+        """Forget the seconds so far."""
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.finish()
+        self.since = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """What has passed since the last lap belongs to ``name``."""
+        self.finish()
+        now = time.perf_counter()
+        self.seconds[name] += now - self.since
+        self.since = now

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from torch import nn
+from torch import Tensor, nn
 
 from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
 from codetr_d2.data.samplers import seed_rng
@@ -23,9 +23,18 @@ from codetr_d2.engine import check_config, load_config
 from codetr_d2.engine.optimizer import build_optimizer, clip_full_model
 from codetr_d2.engine.trainer import autocast
 from codetr_d2.errors import InputError
-from codetr_d2.ops import active_backend
+from codetr_d2.ops import active_backend, keep_freed_memory
 
-from .against import HF, TAKE_BACK, DeformableDETR, take_back, transformers_or_error
+from .against import (
+    EAGER,
+    HF,
+    NO_AUXILIARY_HEADS,
+    SEPARATE_PASSES,
+    DeformableDETR,
+    SeparatePasses,
+    config_of,
+    transformers_or_error,
+)
 from .machine import MemoryProbe, describe_machine, finisher
 from .report import machine_line, measurement_rows, plot_measurements, print_table, save
 
@@ -137,28 +146,31 @@ def build_side(case: Case, against: list[str]) -> nn.Module:
     model = build_model(case.cfg)
     if case.cfg.MODEL.WEIGHTS:
         CoDETRCheckpointer(model).load(case.cfg.MODEL.WEIGHTS)
+    if SEPARATE_PASSES in against:
+        model.query_head.decoder = SeparatePasses(model.query_head.decoder)
     return model.train(case.training)
 
 
 class Runner:
-    """Runs a model on one random batch. For a process of its own, where ``against`` changes how things are computed."""
+    """Runs the model of one side on one random batch. For a process of its own, whose memory is measured."""
 
     def __init__(self, case: Case, against: list[str]):
-        case = replace(case, cfg=case.cfg.clone())  # changed below
         torch.set_num_threads(case.threads)
+        if case.device == "cpu":
+            keep_freed_memory()
         self.context = nullcontext()
         if HF in against:
             transformers_or_error()  # not a part of the model's memory
             self.context = autocast(case.cfg)  # faster for this model than weights in bfloat16
         else:
-            take_back(against, case.cfg)
+            case = replace(case, cfg=config_of(case.cfg, against))
             case.cfg.MODEL.CODETR.INFERENCE_DTYPE = case.dtype
         self.case = case
         self.finish = finisher(case.device)
         self.batch = random_batch(case)
         self.memory = MemoryProbe(case.device)
         self.model = build_side(case, against)
-        self.backend = None if HF in against else active_backend(case.device)[1]
+        self.backend = None if HF in against else active_backend(case.device, case.cfg.MODEL.MS_DEFORM_ATTN)[1]
         if case.training:
             self.optimizer = build_optimizer(case.cfg, self.model)
 
@@ -188,7 +200,7 @@ class Runner:
         loss = torch.stack([x.float() for x in losses.values()]).sum()
         self.finish()
         forward = time.perf_counter()
-        loss.backward()
+        self.backward(loss)
         self.finish()
         backward = time.perf_counter()
         clip_full_model(self.optimizer, cfg)
@@ -202,6 +214,10 @@ class Runner:
             "backward": backward - forward,
             "loss": loss.item(),
         }
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradients."""
+        loss.backward()
 
 
 def _serve(pipe: Connection, case: Case, against: list[str]) -> None:
@@ -339,7 +355,7 @@ def check_against(text: str, training: bool) -> list[str]:
     if text == "nothing":
         return []
     parts = text.split("+")
-    known = [HF, *TAKE_BACK]
+    known = [EAGER, SEPARATE_PASSES, NO_AUXILIARY_HEADS, HF]
     for part in parts:
         if part not in known:
             raise InputError(f"--against {part}: it may be nothing, or one or several joined by +: {', '.join(known)}")
@@ -347,10 +363,10 @@ def check_against(text: str, training: bool) -> list[str]:
         if training or len(parts) > 1:
             raise InputError(f"--against {HF}: another model, for the command inference and joined with nothing else")
         transformers_or_error()
-    if "separate-passes" in parts and not training:
-        raise InputError("--against separate-passes: inference has one group of queries; take the command train")
-    if "no-auxiliary-heads" in parts and not training:
-        raise InputError("--against no-auxiliary-heads: inference has none; take the command train")
+    if SEPARATE_PASSES in parts and not training:
+        raise InputError(f"--against {SEPARATE_PASSES}: inference has one group of queries; take the command train")
+    if NO_AUXILIARY_HEADS in parts and not training:
+        raise InputError(f"--against {NO_AUXILIARY_HEADS}: inference has none; take the command train")
     return parts
 
 

@@ -6,15 +6,16 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 
 import torch
 from torch import Tensor
 
 from codetr_d2.errors import InputError
-from codetr_d2.ops import active_backend, ms_deform_attn, set_backend
+from codetr_d2.ops import active_backend, ms_deform_attn
 
-from .against import PACKAGE, package_operator
+from .against import EAGER, PACKAGE, package_operator
 from .machine import MemoryProbe, describe_machine, finisher
 from .report import machine_line, plot_bars, print_table, save, spread
 
@@ -25,29 +26,26 @@ SIZES = {"encoder-4": (8, 16, 32, 64), "encoder-5": (4, 8, 16, 32, 64)}
 IMAGE_SIZE = (800, 1333)
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
 PASSES = ("forward", "forward + backward")
-AGAINST = ("eager", PACKAGE)
+AGAINST = (EAGER, PACKAGE)
 
 
-def make_inputs(strides: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, ...]:
+def make_inputs(strides: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> tuple:
     """Self-attention of all tokens: each samples points about its own place, 2.5 cells of the level away on average."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(-(-IMAGE_SIZE[0] // stride), -(-IMAGE_SIZE[1] // stride)) for stride in strides]
-    spatial_shapes = torch.tensor(shapes)
-    sizes = spatial_shapes.prod(1)
-    tokens = int(sizes.sum())
+    tokens = sum(h * w for h, w in shapes)
     # bfloat16 is what autocast makes of the values; locations and weights stay float32.
     wide = torch.promote_types(dtype, torch.float32)
     reference = [
         torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(1) for h, w in shapes
     ]
     offsets = torch.randn(1, tokens, HEADS, len(shapes), POINTS, 2, generator=generator) * 2.5
-    locations = torch.cat(reference)[None, :, None, None, None] + offsets / spatial_shapes.flip(1)[:, None]
+    locations = torch.cat(reference)[None, :, None, None, None] + offsets / torch.tensor(shapes).flip(1)[:, None]
     weights = torch.rand(1, tokens, HEADS, len(shapes) * POINTS, generator=generator).softmax(-1)
     value = torch.randn(1, tokens, HEADS, HEAD_DIM, generator=generator)
     return (
         value.to(device, dtype),
-        spatial_shapes.to(device),
-        (sizes.cumsum(0) - sizes).to(device),
+        shapes,
         locations.to(device, wide),
         weights.view(locations.shape[:-1]).to(device, wide),
     )
@@ -55,32 +53,29 @@ def make_inputs(strides: tuple[int, ...], dtype: torch.dtype, device: str = "cpu
 
 def operator_of(side: str) -> Callable[..., Tensor]:
     """What computes one side: a backend of ours, or the package's operator."""
-    if side == PACKAGE:
-        return package_operator()
-
-    def ours(*inputs: Tensor) -> Tensor:
-        set_backend(side)
-        return ms_deform_attn(*inputs)
-
-    return ours
+    return package_operator() if side == PACKAGE else partial(ms_deform_attn, backend=side)
 
 
-def inputs_of(side: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The tensors as a side takes them: the package asks for one dtype, whose conversion is not measured."""
+def inputs_of(side: str, inputs: tuple) -> tuple:
+    """What a side takes: the package asks for tensors alone, and for one dtype; converting them is not measured."""
     if side != PACKAGE:
         return inputs
-    return tuple(x.to(inputs[0].dtype) if x.is_floating_point() else x for x in inputs)
+    value, shapes, locations, weights = inputs
+    spatial_shapes = torch.tensor(shapes, device=value.device)
+    sizes = spatial_shapes.prod(1)
+    return value, spatial_shapes, sizes.cumsum(0) - sizes, locations.to(value.dtype), weights.to(value.dtype)
 
 
-def run_once(operator: Callable[..., Tensor], inputs: tuple[Tensor, ...], with_backward: bool) -> list[Tensor]:
+def run_once(operator: Callable[..., Tensor], inputs: tuple, with_backward: bool) -> list[Tensor]:
     """One call; returns what it made, the output and the gradients."""
     if not with_backward:
         with torch.no_grad():
             return [operator(*inputs)]
-    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    output = operator(*leaves)
+    value, *between, locations, weights = inputs  # between them is what says of what shapes the levels are
+    leaves = [x.detach().requires_grad_() for x in (value, locations, weights)]
+    output = operator(leaves[0], *between, *leaves[1:])
     output.backward(torch.ones_like(output))
-    return [output, *(x.grad for x in leaves if x.requires_grad)]
+    return [output, *(x.grad for x in leaves)]
 
 
 def return_freed_memory() -> None:

@@ -4,9 +4,9 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from codetr_d2.errors import InputError
-from codetr_d2.layers import BlockSelfAttention, MultiScaleDeformableAttention, deformable_attention
+from codetr_d2.layers import BlockSelfAttention, MultiScaleDeformableAttention
 from codetr_d2.modeling.transformer.encoder import FeedForward
-from codetr_d2.ops.ms_deform_attn import library_is_loaded
 
-from .machine import describe_machine, finisher
-from .model import WARM_UP, Runner, first_case
+from .machine import Stopwatch, describe_machine, finisher
+from .model import WARM_UP, Case, Runner, first_case
 from .report import machine_line, plot_bars, print_table, save
 
 __all__ = ["Counter", "Scopes", "benchmark_parts"]
 
 REST = "the rest"
-OPERATOR = "deformable attention"
+OPERATOR = "ms_deform_attn"
 # Parts of encoder and decoder; what is in none of them is "norms and rest".
 MODULES = {
     MultiScaleDeformableAttention: "projections and locations",
@@ -37,86 +36,83 @@ MATRIX_PRODUCTS = ((2048, 2048, 2048), (22223, 256, 1024), (22223, 1024, 256), (
 COPIED_BYTES = 2**28
 
 
-def operator_flops(value: Tensor, shapes, starts, locations: Tensor, *_, out_val=None) -> int:
+def operator_flops(*tensors: Tensor) -> int:
     """A multiplication and an addition for each channel of each of the four taps of a point."""
-    return 2 * 4 * locations[..., 0].numel() * value.shape[-1]
+    value, weights = (next(x for x in tensors if x.dim() == dim) for dim in (4, 5))
+    return 2 * 4 * weights.numel() * value.shape[-1]
 
 
-def operator_backward_flops(grad_output: Tensor, value: Tensor, shapes, starts, locations: Tensor, *_, out_val=None):
+def operator_backward_flops(*tensors: Tensor) -> int:
     """The gradient of the values as many as forward; the products of gradient and taps as many again."""
-    return 2 * operator_flops(value, shapes, starts, locations)
+    return 2 * operator_flops(*tensors)
 
 
-def attention_flops(query: Tensor, key: Tensor, value: Tensor, *_, out_val=None, **__) -> int:
+def attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> int:
     """Two matrix products of [B, heads, queries, keys]."""
     return 2 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-def attention_backward_flops(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_, out_val=None, **__):
+def attention_backward_flops(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> int:
     """Five matrix products, of which one is made again."""
     return 2 * query[..., 0].numel() * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
-def feed_forward_flops(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *_, out_val=None) -> int:
+def feed_forward_flops(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *_: Tensor) -> int:
     """Two matrix products."""
     return 2 * len(x) * (weight1.numel() + weight2.numel())
 
 
-def feed_forward_backward_flops(grad: Tensor, x: Tensor, hidden: Tensor, *weights_and_needs, out_val=None) -> int:
+def feed_forward_backward_flops(grad: Tensor, x: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor) -> int:
     """Four matrix products, where all gradients are needed."""
-    return 4 * len(x) * sum(weight.numel() for weight in weights_and_needs[:2])
+    return 4 * len(x) * (weight1.numel() + weight2.numel())
 
 
+# Forward and backward, of the tensors that an operator takes: for operators with this in their names, as a profile
+# shows them, which are not in PyTorch's table.
 FLOPS = {
-    **flop_registry,
-    torch.ops.codetr_d2.ms_deform_attn: operator_flops,
-    torch.ops.codetr_d2.ms_deform_attn_backward: operator_backward_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    OPERATOR: (operator_flops, operator_backward_flops),
+    "feed_forward": (feed_forward_flops, feed_forward_backward_flops),
+    "scaled_dot_product_flash_attention_for_cpu": (attention_flops, attention_backward_flops),
 }
-if library_is_loaded():
-    FLOPS[torch.ops.codetr_d2._feed_forward_cpp] = feed_forward_flops
-    FLOPS[torch.ops.codetr_d2._feed_forward_cpp_backward] = feed_forward_backward_flops
 
 
-class Scopes:
-    """Which part of the model is at work, and the seconds of each, without those of the parts inside it.
+def count_flops(func: torch._ops.OpOverload, args: tuple, kwargs: dict, output: object, tensors: list[Tensor]) -> int:
+    """The floating-point operations of one call; none for what is no matrix product or the like."""
+    name = func.overloadpacket.__name__
+    for part, (forward, backward) in FLOPS.items():
+        if part in name and tensors:  # without, it says what instructions its kernels use
+            return (backward if name.endswith("backward") else forward)(*tensors)
+    formula = flop_registry.get(func.overloadpacket)
+    return formula(*args, **kwargs, out_val=output) if formula else 0
 
-    Args:
-        finish: waits for the device.
-    """
+
+class Scopes(Stopwatch):
+    """Which part of the model is at work, and the seconds of each, without those of the parts inside it."""
 
     def __init__(self, finish: Callable[[], None]):
-        self.finish = finish
+        super().__init__(finish)
         self.stack = [REST]
-        self.restart()
 
-    def restart(self) -> None:
-        """Forget the seconds so far."""
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.finish()
-        self.since = time.perf_counter()
+    def enter(self, name: str) -> None:
+        self.lap(self.stack[-1])
+        self.stack.append(name)
 
-    def charge(self) -> None:
-        """What has passed since the last call belongs to the part at work."""
-        self.finish()
-        now = time.perf_counter()
-        self.seconds[self.stack[-1]] += now - self.since
-        self.since = now
+    def leave(self) -> None:
+        self.lap(self.stack.pop())
 
-    def inside(self, name: str | Callable[[], str], function: Callable) -> Callable:
-        """The function as a part of this name, or of the name that a function gives when it is called."""
+    @contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """What is done in this context is a part of this name."""
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave()
 
-        def wrapper(*args, **kwargs):
-            self.charge()
-            self.stack.append(name if isinstance(name, str) else name())
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.charge()
-                self.stack.pop()
-
-        return wrapper
+    def add(self, name: str, module: nn.Module) -> None:
+        """Make the module's forward pass a part of this name."""
+        module.register_forward_pre_hook(lambda *_: self.enter(name))
+        module.register_forward_hook(lambda *_: self.leave(), always_call=True)
 
     def divide(self, model: nn.Module) -> None:
         """Make parts of the model's modules."""
@@ -130,21 +126,29 @@ class Scopes:
             "matching and losses of queries": head.criterion,
             **{f"auxiliary head {name}": module for name, module in model.auxiliary_heads.items()},
         }
-        for owner, module in (("encoder", head.encoder), ("decoder", head.decoder)):
-            for child in module.modules():
-                for kind, part in MODULES.items():
-                    if isinstance(child, kind):
-                        child.forward = self.inside(f"{owner}: {part}", child.forward)
         for name, module in parts.items():
             if module is not None:
-                module.forward = self.inside(name, module.forward)
-        if model.mask_head is not None:
-            for method in ("losses", "inference"):
-                setattr(model.mask_head, method, self.inside("mask head", getattr(model.mask_head, method)))
+                self.add(name, module)
+        for owner, module in (("encoder", head.encoder), ("decoder", head.decoder)):
+            for child in module.modules():
+                if type(child) in MODULES:
+                    self.add(f"{owner}: {MODULES[type(child)]}", child)
 
-    def operator_name(self) -> str:
-        """The operator as a part of the encoder or decoder that calls it."""
-        return f"{self.stack[-1].partition(':')[0]}: {OPERATOR}"
+
+class OperatorScope(TorchDispatchMode):
+    """Makes deformable attention a part of the encoder or decoder that calls it. In plain PyTorch it is no operator."""
+
+    def __init__(self, scopes: Scopes):
+        super().__init__()
+        self.scopes = scopes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if OPERATOR not in name or name.endswith("backward"):
+            return func(*args, **kwargs or {})
+        owner = self.scopes.stack[-1].partition(":")[0]
+        with self.scopes.inside(f"{owner}: deformable attention"):
+            return func(*args, **kwargs or {})
 
 
 class Counter(TorchDispatchMode):
@@ -164,10 +168,10 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         part = self.scopes.stack[-1]
-        if formula := FLOPS.get(func.overloadpacket):
-            self.flops[part] += formula(*args, **kwargs, out_val=output)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        if flops := count_flops(func, args, kwargs, output, inputs):
+            self.flops[part] += flops
         storages = {x.untyped_storage().data_ptr() for x in inputs}
         is_view = not func._schema.is_mutable and any(x.untyped_storage().data_ptr() in storages for x in outputs)
         is_empty = func.overloadpacket.__name__.startswith(("empty", "new_empty"))
@@ -212,6 +216,22 @@ def measure_peaks(device: str) -> dict[str, float]:
     return peaks
 
 
+class DividedRunner(Runner):
+    """Runs our model, divided into parts."""
+
+    def __init__(self, case: Case):
+        super().__init__(case, [])
+        self.scopes = Scopes(self.finish)
+        self.scopes.divide(self.model)
+        if case.training:
+            self.optimizer.register_step_pre_hook(lambda *_: self.scopes.enter("the optimizer's step"))
+            self.optimizer.register_step_post_hook(lambda *_: self.scopes.leave())
+
+    def backward(self, loss: Tensor) -> None:
+        with self.scopes.inside("backward"):
+            super().backward(loss)
+
+
 def benchmark_parts(args: argparse.Namespace) -> None:
     """The command ``parts``."""
     if len(args.sizes) > 1:
@@ -220,24 +240,16 @@ def benchmark_parts(args: argparse.Namespace) -> None:
     machine = describe_machine(args.device, args.threads)
     torch.set_num_threads(args.threads)
     peaks = measure_peaks(args.device)
-    runner = Runner(case, [])
-    scopes = Scopes(runner.finish)
-    scopes.divide(runner.model)
-    if case.training:
-        runner.optimizer.step = scopes.inside("the optimizer's step", runner.optimizer.step)
-    operator = scopes.inside(scopes.operator_name, deformable_attention.ms_deform_attn)
-    with (
-        mock.patch.object(deformable_attention, "ms_deform_attn", operator),
-        mock.patch.object(Tensor, "backward", scopes.inside("backward", Tensor.backward)),
-    ):
-        runs = []
+    runner = DividedRunner(case)
+    scopes, runs = runner.scopes, []
+    with OperatorScope(scopes):
         for turn in range(WARM_UP[args.device] + args.repeat):
             scopes.restart()
             runner.run(turn)
-            scopes.charge()
+            scopes.lap(REST)
             runs.append(scopes.seconds)
-        with Counter(scopes) as counter:
-            runner.run(turn)
+    with Counter(scopes) as counter, OperatorScope(scopes):
+        runner.run(turn)
     runs = runs[WARM_UP[args.device] :]
     parts = {}
     for name in dict.fromkeys(name for run in runs for name in run):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from .against import OPTIMISATIONS
 from .machine import GIB
 from .report import spread
 
@@ -152,27 +151,6 @@ def auxiliary_heads() -> str:
     return table([*rows, {"K": "ratio", "median": f"**{time:.2f}**", "peak memory": f"**{peak:.2f}**"}])
 
 
-def optimisations() -> str:
-    rows = []
-    for name in OPTIMISATIONS:
-        row = {"without": f"`{name.removeprefix('without-')}`"}
-        for command, title in (("inference", "inference"), ("train", "training step")):
-            time = peak = "-"
-            if (FOLDER / f"{command}_{name.replace('-', '_', 1)}.json").exists():
-                [result] = read(f"{command}_{name.replace('-', '_', 1)}")["results"]
-                ours, theirs = (side["seconds"] for side in result["sides"].values())
-                low, middle, high = statistics.quantiles((y / x for x, y in zip(ours, theirs)), method="inclusive")
-                time, peak = f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{ratios(result)[1]:.2f}"
-            row[f"{title}: time"], row[f"{title}: memory"] = time, peak
-        rows.append(row)
-    [result] = read("train_without_fused-optimizer")["results"]
-    ours, theirs = (
-        spread([whole - x - y for whole, x, y in zip(side["seconds"], side["forward"], side["backward"])])[0]
-        for side in result["sides"].values()
-    )
-    return f"{table(rows)}\n\nClipping and the optimizer's step take {ours}, without `fused-optimizer` {theirs}."
-
-
 def memory_of_training() -> str:
     rows = []
     for name, what in (("memory", "off"), ("memory_checkpointing", "on, for transformer and backbone")):
@@ -256,7 +234,6 @@ TABLES = {
     "inference": inference,
     "train": train,
     "auxiliary_heads": auxiliary_heads,
-    "optimisations": optimisations,
     "memory": memory_of_training,
     "size": lambda: sweep("size", "side, pixels"),
     "queries": lambda: sweep("queries", "queries"),
