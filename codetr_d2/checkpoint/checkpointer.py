@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read without running anything that a file might hold."""
 
 import os
-import re
+import secrets
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
@@ -11,54 +11,14 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..modeling.facts import class_rows, stated
+from ..modeling.query_heads import QUERY_HEAD_REGISTRY
 from .bare_backbone import adapt_backbone
-from .classes import adapt_classifiers, dataset_classes, match_classes, number_of_classes
-from .published import describe, is_published, published_to_codetr
+from .classes import adapt_classifiers, dataset_classes, match_classes, number_of_classes, rows_of
+from .published import describe, is_published, name_positive_queries, published_to_codetr
 from .safe_load import load_numpy_pickle, load_torch, weights_entry
 
 __all__ = ["CoDETRCheckpointer", "atomic_write"]
-
-# Which option a tensor of another shape points at; the first that fits counts.
-_OPTION_OF_SHAPE = (
-    (r"relative_position_(bias_table|index)", "MODEL.SWIN.WINDOW_SIZE and NUM_HEADS"),
-    (r"^backbone\.net\.pos_embed", "MODEL.EVA02.PRETRAIN_IMAGE_SIZE and EMBED_DIM"),
-    (r"^backbone\.net\.patch_embed", "MODEL.EVA02.PATCH_SIZE and EMBED_DIM"),
-    (r"^backbone\.net\.", "MODEL.EVA02.EMBED_DIM and NUM_HEADS"),
-    (r"^backbone\.p\d", "MODEL.FPN.OUT_CHANNELS and MODEL.EVA02.EMBED_DIM"),
-    (r"^backbone\.(layers|patch_embed|norm\d)", "MODEL.SWIN.EMBED_DIM and NUM_HEADS"),
-    (r"^backbone\.", "MODEL.BACKBONE"),
-    (r"bbox_pred", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"),
-    (r"mask_head\.predictor", "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK"),
-    (r"roi_heads\.mask_head", "MODEL.ROI_MASK_HEAD.CONV_DIM"),
-    (r"roi_heads\.box_head", "MODEL.ROI_BOX_HEAD (NUM_CONV, CONV_DIM, NUM_FC, FC_DIM, POOLER_RESOLUTION)"),
-    (r"rpn_head\.(objectness_logits|anchor_deltas)", "MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS"),
-    (r"cls|class|label_embed|instance_logits|fc_mask_iou", "MODEL.CODETR.NUM_CLASSES"),
-    (r"level_embed", "MODEL.CODETR.NUM_FEATURE_LEVELS"),
-    (r"query_content", "MODEL.CODETR.NUM_QUERIES"),
-    (r"sampling_offsets|attention_weights", "MODEL.CODETR.NUM_FEATURE_LEVELS and the NUM_HEADS and NUM_POINTS"),
-    (r"ffn|linear", "MODEL.CODETR.ENCODER.FFN_DIM and DECODER.FFN_DIM"),
-    (r"", "MODEL.CODETR.EMBED_DIM"),
-)
-# Which option decides whether a model has a tensor; the first that fits counts.
-_OPTION_OF_NAME = (
-    (r"^backbone\.", "MODEL.BACKBONE.NAME and its depth"),
-    (r"^neck\.", "MODEL.CODETR.IN_FEATURES and NUM_FEATURE_LEVELS"),
-    (r"encoder\.layers", "MODEL.CODETR.ENCODER.NUM_LAYERS"),
-    (r"decoder\.(layers|class_embed|box_embed)", "MODEL.CODETR.DECODER.NUM_LAYERS"),
-    (r"roi_heads\.box_head", "MODEL.ROI_BOX_HEAD.NUM_CONV and NUM_FC"),
-    (r"\.atss", "MODEL.ATSS.NUM_CONVS"),
-    (r"", "MODEL.CODETR.QUERY_HEAD"),
-)
-# Parts that a model may have and its weights may lack, or the other way round, with what decides about them.
-_OPTIONAL_PARTS = (
-    (r"auxiliary_heads\.\w+\.roi_heads\.mask_head\.", "a mask branch; MODEL.MASK_ON is False"),
-    (r"auxiliary_heads\.\w+\.", "an auxiliary head that MODEL.CODETR.AUX_HEADS does not list"),
-    (r"auxiliary_level\.", "for auxiliary heads; MODEL.CODETR.AUX_HEADS is empty"),
-    (r"query_head\.positive_queries\.\w+\.", "queries of an auxiliary head that MODEL.CODETR.AUX_HEADS does not list"),
-    (r"query_head\.denoising\.", "for denoising; MODEL.CODETR.DENOISING.NUM_QUERIES is 0"),
-    (r"mask_head\.", "instance masks; MODEL.MASK_ON is False or MODEL.CODETR.MASK_HEAD another"),
-    (r"backbone\.norm\d\.", "the norm of a feature that MODEL.CODETR.IN_FEATURES does not list"),
-)
 
 
 def _are_weights(value: Any) -> bool:
@@ -78,9 +38,10 @@ def atomic_write(path: str, write: Callable[[IO[bytes]], Any]) -> None:
         write: writes the content into the binary file object that it is given.
     """
     folder = os.path.dirname(path) or "."
-    temporary = os.path.join(folder, ".unfinished")  # one name for all: a killed run leaves at most this one behind
+    # A name of its own, as other processes may write into the same folder.
+    temporary = os.path.join(folder, f".unfinished_{os.getpid()}_{secrets.token_hex(4)}")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -200,6 +161,8 @@ class CoDETRCheckpointer(DetectionCheckpointer):
         weights = checkpoint["model"]
         if not _are_weights(weights):
             raise InputError(f"{self._path}: holds no dict of named tensors, so it is no checkpoint of a model")
+        if not self._weights_only and _are_weights(checkpoint.get("ema")):  # of a run of before that is resumed
+            checkpoint["ema"] = name_positive_queries(checkpoint["ema"])
         # A resumed run without an average goes on with the weights themselves.
         average = checkpoint.pop("ema", {}) if self._weights_only else {}
         average = average if _are_weights(average) else {}  # other codes keep other things under this name
@@ -242,11 +205,12 @@ class CoDETRCheckpointer(DetectionCheckpointer):
             weights, unused = adapt_backbone(weights, own)
         for line in describe(unused):
             self.logger.info("Not used: %s", line)
-        return _positive_queries_by_name(weights)
+        return name_positive_queries(weights)
 
     def _adapt_classes(self, weights: dict[str, Tensor], own: dict) -> tuple[dict[str, Tensor], set[str]]:
         """Deal with classes other than the model's; the second value names the tensors that start anew."""
-        in_file, in_model = number_of_classes(weights), number_of_classes(own)
+        rows = class_rows(self.model)
+        in_file, in_model = number_of_classes(weights, rows), number_of_classes(own, rows)
         if in_file is None or in_model is None:
             return weights, set()
         starts_training = self._fine_tune and self._weights_only
@@ -265,7 +229,7 @@ class CoDETRCheckpointer(DetectionCheckpointer):
                 in_file,
                 in_model,
             )
-            return adapt_classifiers(weights, own, None)
+            return adapt_classifiers(weights, own, rows, None)
         given = dataset_classes(self._reuse_classes)
         if len(given) != in_file or len(self._class_names) != in_model:
             what, names, number = (
@@ -284,7 +248,7 @@ class CoDETRCheckpointer(DetectionCheckpointer):
             in_model,
             self._reuse_classes,
         )
-        return adapt_classifiers(weights, own, matches)
+        return adapt_classifiers(weights, own, rows, matches)
 
     def _check_parts(self, incompatible, in_file: set[str], in_model: set[str]) -> None:
         """Refuse a detector that differs from the model in more than a part that one of them may lack.
@@ -294,13 +258,12 @@ class CoDETRCheckpointer(DetectionCheckpointer):
         differing = [*incompatible.missing_keys, *incompatible.unexpected_keys]
         own_part, others = {}, {}
         for name in differing:
-            pattern, reason = next(((p, r) for p, r in _OPTIONAL_PARTS if re.match(p, name)), (None, ""))
+            part, reason = stated(self.model, "OPTIONAL_PARTS", name) or ("", "")
             other_side = in_file if name in in_model else in_model
-            part = pattern and re.match(pattern, name)[0]
-            if part and not any(x.startswith(part) for x in other_side):
+            if part and not any(x.startswith(f"{part}.") for x in other_side):
                 own_part[name] = reason
-            elif name.split(".")[0] in ("backbone", "neck", "query_head", "auxiliary_heads", "mask_head"):
-                others[name] = next(option for pattern, option in _OPTION_OF_NAME if re.search(pattern, name))
+            elif hasattr(self.model, name.split(".")[0]):
+                others[name] = (stated(self.model, "OPTIONS_OF_NAMES", name) or ("", "MODEL"))[1]
         if others:
             lacking = [name for name in others if name in in_model]
             surplus = [name for name in others if name not in in_model]
@@ -328,7 +291,9 @@ class CoDETRCheckpointer(DetectionCheckpointer):
 
     def _raise_incorrect_shapes(self, incorrect: list[tuple[str, tuple, tuple]]) -> None:
         key, in_file, in_model = incorrect[0]
-        option = next(option for pattern, option in _OPTION_OF_SHAPE if re.search(pattern, key))
+        place, option = stated(self.model, "OPTIONS_OF_SHAPES", key) or ("", "MODEL")
+        if not place and rows_of(key, class_rows(self.model)):
+            option = "MODEL.CODETR.NUM_CLASSES"
         others = (
             f" (and {len(incorrect) - 1} more: {_brief([k for k, _, _ in incorrect[1:]])})" if incorrect[1:] else ""
         )
@@ -358,23 +323,9 @@ def _brief(names: list[str], shown: int = 4) -> str:
 
 
 def _check_family(path: str, weights: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    for mark, head in (
-        ("query_head.decoder.norm.weight", "CoDINOHead"),
-        ("query_head.box_proj.weight", "CoDeformableDETRHead"),
-    ):
+    marks = {head: f"query_head.{getattr(cls, 'TELLING_PARAMETER', '')}" for head, cls in QUERY_HEAD_REGISTRY}
+    for head, mark in marks.items():
         if mark in weights and mark not in own and any(name.startswith("query_head.") for name in own):
             raise InputError(
                 f"{path}: weights of another kind of model; choose a config with MODEL.CODETR.QUERY_HEAD {head}"
             )
-
-
-def _positive_queries_by_name(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name the positive queries after their auxiliary heads, in files that number them in the order of the heads."""
-    heads = list(dict.fromkeys(name.split(".")[1] for name in weights if name.startswith("auxiliary_heads.")))
-    result = {}
-    for name, value in weights.items():
-        match = re.match(r"query_head\.positive_queries\.(\d+)\.", name)
-        if match and int(match[1]) < len(heads):
-            name = f"query_head.positive_queries.{heads[int(match[1])]}.{name[match.end() :]}"
-        result[name] = value
-    return result

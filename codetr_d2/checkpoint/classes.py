@@ -9,25 +9,28 @@ from detectron2.data import MetadataCatalog
 from torch import Tensor
 
 from ..errors import InputError
+from ..modeling.facts import ClassRows
 
-__all__ = ["adapt_classifiers", "dataset_classes", "match_classes", "number_of_classes"]
-
-_DETECTOR = r"query_head\.(decoder\.class_embed\.\d+|proposals\.class_embed|denoising\.label_embed)"
-_ATSS = r"auxiliary_heads\.atss\d*\.cls_score"
-_ROI = r"auxiliary_heads\.roi\d*\.roi_heads"
-_MASKS = r"mask_head\.(stage_instance_logits\.[012]|iou_head\.fc_mask_iou)"
-# (names, rows of each class, rows after those of the classes)
-_CLASSIFIERS = [
-    (re.compile(rf"({_DETECTOR}|{_ATSS}|{_ROI}\.mask_head\.predictor|{_MASKS})\.(weight|bias)"), 1, 0),
-    (re.compile(rf"{_ROI}\.box_predictor\.cls_score\.(weight|bias)"), 1, 1),  # the last row is background
-    (re.compile(rf"{_ROI}\.box_predictor\.bbox_pred\.(weight|bias)"), 4, 0),
-]
+__all__ = ["adapt_classifiers", "dataset_classes", "match_classes", "number_of_classes", "rows_of"]
 
 
-def number_of_classes(state_dict: dict[str, Tensor]) -> int | None:
-    """Of a model of ours by its parameters, None where it has no classifier."""
-    bias = state_dict.get("query_head.decoder.class_embed.0.bias")
-    return None if bias is None else len(bias)
+def rows_of(name: str, class_rows: dict[str, ClassRows]) -> ClassRows | None:
+    """How the rows of a parameter belong to classes, None where they do not."""
+    return class_rows.get(name) or class_rows.get(name.rpartition(".")[0])
+
+
+def number_of_classes(state_dict: dict[str, Tensor], class_rows: dict[str, ClassRows]) -> int | None:
+    """The number of classes, by the first classifier of a state dict; None where there is none.
+
+    Args:
+        state_dict: of the model, or of a file for it by our names.
+        class_rows: what the model says of its classifiers (:func:`codetr_d2.modeling.facts.class_rows`).
+    """
+    for place, rows in class_rows.items():
+        for name in (place, f"{place}.weight", f"{place}.bias"):
+            if rows.are_classes and name in state_dict:
+                return (len(state_dict[name]) - rows.extra) // rows.per_class
+    return None
 
 
 def dataset_classes(name: str) -> list[str]:
@@ -82,35 +85,34 @@ def _without_explanation(name: str) -> str:
 
 
 def adapt_classifiers(
-    weights: dict[str, Tensor], own: dict[str, Tensor], matches: dict[int, int] | None
+    weights: dict[str, Tensor],
+    own: dict[str, Tensor],
+    class_rows: dict[str, ClassRows],
+    matches: dict[int, int] | None,
 ) -> tuple[dict[str, Tensor], set[str]]:
     """Fit the classifiers of a file to the classes of a model.
-
-    The encoder's classifier of Co-Deformable-DETR learns in its first row whether there is any object, which no choice
-    of classes changes: its rows are taken over as they stand.
 
     Args:
         weights: of the file, by our names.
         own: the model's state dict; its values are what starts anew.
+        class_rows: what the model says of its classifiers (:func:`codetr_d2.modeling.facts.class_rows`).
         matches: {the model's class: the file's} to take over; None: none.
 
     Returns:
         The weights without the classifiers that start anew, and the names of those.
     """
-    in_file, in_model = number_of_classes(weights), number_of_classes(own)
-    rows_are_objectness = any(name.startswith("query_head.box_proj.") for name in own)
+    in_file, in_model = (number_of_classes(x, class_rows) for x in (weights, own))
     result, anew = {}, set()
     for name, value in weights.items():
-        layout = next(((per, extra) for names, per, extra in _CLASSIFIERS if names.fullmatch(name)), None)
-        target = own.get(name)
-        if layout is None or target is None or value.shape[1:] != target.shape[1:]:
+        rows, target = rows_of(name, class_rows), own.get(name)
+        if rows is None or target is None or value.shape[1:] != target.shape[1:]:
             result[name] = value
             continue
-        per_class, extra = layout
+        per_class, extra = rows.per_class, rows.extra
         if (len(value), len(target)) != (per_class * in_file + extra, per_class * in_model + extra):
             result[name] = value  # the same for all classes; where the model's is not, the shapes will tell
             continue
-        if rows_are_objectness and name.startswith("query_head.proposals."):
+        if not rows.are_classes:
             pairs = {i: i for i in range(min(in_file, in_model))}
         elif matches is None:
             anew.add(name)

@@ -1,12 +1,24 @@
-"""The published models' parameters <-> ours: a table of names that reads both ways."""
+"""The published models' parameters <-> ours, by tables of names that read both ways.
+
+Each component has its own table (``PUBLISHED_NAMES``, see :mod:`codetr_d2.modeling.facts`) of rows (published, ours).
+The first row that fits counts, in both directions. In braces stand ``{n}``, ``{m}`` for a number, ``{norm}`` for one
+that is larger by one in ours, ``{last}`` for that of the encoder's branch behind the decoder layers', ``{head}`` for an
+auxiliary head, by its position in the published names and by its own name in ours, and ``{rest}`` for anything.
+"""
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.utils.registry import Registry
 from torch import Tensor
 
+from ..modeling.auxiliary import AUX_HEAD_REGISTRY
 from ..modeling.backbones.eva02 import rotary_tables
+from ..modeling.facts import PublishedNames, under
+from ..modeling.query_heads import QUERY_HEAD_REGISTRY
 
 __all__ = [
     "COUNTER",
@@ -16,115 +28,14 @@ __all__ = [
     "computed_tensors",
     "describe",
     "is_published",
+    "name_positive_queries",
     "published_to_codetr",
 ]
 
-# (published, ours). {n}, {m}, {k} stand for a number, {norm} for a number that is one larger in ours, {rest} for
-# anything. The first row that fits counts, in both directions.
 _TRANSFORMER = "query_head.transformer"
-_ROI = "auxiliary_heads.roi"
-_ATSS = "auxiliary_heads.atss"
-_NAMES = [
-    # ResNet: torchvision's names <-> detectron2's
-    ("backbone.bn1.{rest}", "backbone.stem.conv1.norm.{rest}"),
-    ("backbone.conv1.{rest}", "backbone.stem.conv1.{rest}"),
-    *(
-        (f"backbone.layer{stage}.{{n}}.{published}.{{rest}}", f"backbone.res{stage + 1}.{{n}}.{ours}.{{rest}}")
-        for stage in (1, 2, 3, 4)
-        for published, ours in (
-            *((f"bn{i}", f"conv{i}.norm") for i in (1, 2, 3)),
-            *((f"conv{i}", f"conv{i}") for i in (1, 2, 3)),
-            ("downsample.1", "shortcut.norm"),
-            ("downsample.0", "shortcut"),
-        )
-    ),
-    # Swin: the same names
-    ("backbone.patch_embed.{rest}", "backbone.patch_embed.{rest}"),
-    ("backbone.layers.{rest}", "backbone.layers.{rest}"),
-    ("backbone.norm{n}.{rest}", "backbone.norm{n}.{rest}"),
-    # EVA-02 with its feature pyramid; see also _VIT_NAMES
-    ("backbone.blocks.{rest}", "backbone.net.blocks.{rest}"),
-    ("backbone.pos_embed", "backbone.net.pos_embed"),
-    ("backbone.out_norm.{rest}", "backbone.net.out_norm.{rest}"),
-    ("neck.p{n}.{rest}", "backbone.p{n}.{rest}"),
-    ("neck.convs.{n}.conv.{rest}", "neck.convs.{n}.0.{rest}"),
-    ("neck.convs.{n}.gn.{rest}", "neck.convs.{n}.1.{rest}"),
-    ("neck.extra_convs.{n}.conv.{rest}", "neck.extra_convs.{n}.0.{rest}"),
-    ("neck.extra_convs.{n}.gn.{rest}", "neck.extra_convs.{n}.1.{rest}"),
-    # Encoder and decoder; see also _DINO_NAMES
-    (f"{_TRANSFORMER}.level_embeds", "query_head.encoder.level_embed"),
-    (f"{_TRANSFORMER}.encoder.layers.{{n}}.attentions.0.{{rest}}", "query_head.encoder.layers.{n}.self_attn.{rest}"),
-    (
-        f"{_TRANSFORMER}.decoder.layers.{{n}}.attentions.0.attn.{{rest}}",
-        "query_head.decoder.layers.{n}.self_attn.{rest}",
-    ),
-    (f"{_TRANSFORMER}.decoder.layers.{{n}}.attentions.1.{{rest}}", "query_head.decoder.layers.{n}.cross_attn.{rest}"),
-    (f"{_TRANSFORMER}.decoder.ref_point_head.{{n}}.{{rest}}", "query_head.decoder.position_head.{n}.{rest}"),
-    (f"{_TRANSFORMER}.decoder.norm.{{rest}}", "query_head.decoder.norm.{rest}"),
-    *(
-        row
-        for part in ("encoder", "decoder")
-        for row in (
-            (
-                f"{_TRANSFORMER}.{part}.layers.{{n}}.ffns.0.layers.0.0.{{rest}}",
-                f"query_head.{part}.layers.{{n}}.ffn.linear1.{{rest}}",
-            ),
-            (
-                f"{_TRANSFORMER}.{part}.layers.{{n}}.ffns.0.layers.1.{{rest}}",
-                f"query_head.{part}.layers.{{n}}.ffn.linear2.{{rest}}",
-            ),
-            (
-                f"{_TRANSFORMER}.{part}.layers.{{n}}.norms.{{norm}}.{{rest}}",
-                f"query_head.{part}.layers.{{n}}.norm{{norm}}.{{rest}}",
-            ),
-        )
-    ),
-    # Proposals and queries
-    (f"{_TRANSFORMER}.enc_output.{{rest}}", "query_head.proposals.proj.{rest}"),
-    (f"{_TRANSFORMER}.enc_output_norm.{{rest}}", "query_head.proposals.norm.{rest}"),
-    (f"{_TRANSFORMER}.pos_trans.{{rest}}", "query_head.box_proj.{rest}"),
-    (f"{_TRANSFORMER}.pos_trans_norm.{{rest}}", "query_head.box_norm.{rest}"),
-    (f"{_TRANSFORMER}.aux_pos_trans.{{k}}.{{rest}}", "query_head.positive_queries.{k}.box_proj.{rest}"),
-    (f"{_TRANSFORMER}.aux_pos_trans_norm.{{k}}.{{rest}}", "query_head.positive_queries.{k}.box_norm.{rest}"),
-    (f"{_TRANSFORMER}.pos_feats_trans.{{k}}.{{rest}}", "query_head.positive_queries.{k}.feature_proj.{rest}"),
-    (f"{_TRANSFORMER}.pos_feats_norm.{{k}}.{{rest}}", "query_head.positive_queries.{k}.feature_norm.{rest}"),
-    ("query_head.query_embedding.weight", "query_head.query_content.weight"),
-    ("query_head.label_embedding.weight", "query_head.denoising.label_embed.weight"),
-    ("query_head.cls_branches.{last}.{rest}", "query_head.proposals.class_embed.{rest}"),
-    ("query_head.cls_branches.{n}.{rest}", "query_head.decoder.class_embed.{n}.{rest}"),
-    ("query_head.reg_branches.{last}.{m}.{rest}", "query_head.proposals.box_embed.{m}.{rest}"),
-    ("query_head.reg_branches.{n}.{m}.{rest}", "query_head.decoder.box_embed.{n}.{m}.{rest}"),
-    # Auxiliary heads
-    ("query_head.downsample.{n}.{rest}", "auxiliary_level.{n}.{rest}"),
-    ("rpn_head.rpn_conv.{rest}", f"{_ROI}.proposal_generator.rpn_head.conv.{{rest}}"),
-    ("rpn_head.rpn_cls.{rest}", f"{_ROI}.proposal_generator.rpn_head.objectness_logits.{{rest}}"),
-    ("rpn_head.rpn_reg.{rest}", f"{_ROI}.proposal_generator.rpn_head.anchor_deltas.{{rest}}"),
-    ("roi_head.0.bbox_head.fc_cls.{rest}", f"{_ROI}.roi_heads.box_predictor.cls_score.{{rest}}"),
-    ("roi_head.0.bbox_head.fc_reg.{rest}", f"{_ROI}.roi_heads.box_predictor.bbox_pred.{{rest}}"),
-    ("roi_head.0.bbox_head.shared_fcs.{norm}.{rest}", f"{_ROI}.roi_heads.box_head.fc{{norm}}.{{rest}}"),
-    ("roi_head.0.bbox_head.shared_convs.{norm}.gn.{rest}", f"{_ROI}.roi_heads.box_head.conv{{norm}}.norm.{{rest}}"),
-    ("roi_head.0.bbox_head.shared_convs.{norm}.conv.{rest}", f"{_ROI}.roi_heads.box_head.conv{{norm}}.{{rest}}"),
-    ("roi_head.0.mask_head.convs.{norm}.conv.{rest}", f"{_ROI}.roi_heads.mask_head.mask_fcn{{norm}}.{{rest}}"),
-    ("roi_head.0.mask_head.upsample.{rest}", f"{_ROI}.roi_heads.mask_head.deconv.{{rest}}"),
-    ("roi_head.0.mask_head.conv_logits.{rest}", f"{_ROI}.roi_heads.mask_head.predictor.{{rest}}"),
-    ("bbox_head.0.cls_convs.{n}.gn.{rest}", f"{_ATSS}.cls_tower.{{n}}.norm.{{rest}}"),
-    ("bbox_head.0.cls_convs.{n}.conv.{rest}", f"{_ATSS}.cls_tower.{{n}}.{{rest}}"),
-    ("bbox_head.0.reg_convs.{n}.gn.{rest}", f"{_ATSS}.box_tower.{{n}}.norm.{{rest}}"),
-    ("bbox_head.0.reg_convs.{n}.conv.{rest}", f"{_ATSS}.box_tower.{{n}}.{{rest}}"),
-    ("bbox_head.0.atss_cls.{rest}", f"{_ATSS}.cls_score.{{rest}}"),
-    ("bbox_head.0.atss_reg.{rest}", f"{_ATSS}.box_deltas.{{rest}}"),
-    ("bbox_head.0.atss_centerness.{rest}", f"{_ATSS}.centerness.{{rest}}"),
-    ("bbox_head.0.scales.{n}.scale", f"{_ATSS}.scales.{{n}}"),
-    # Instance masks of Co-DINO-Inst
-    ("mask_iou_head.{rest}", "mask_head.iou_head.{rest}"),
-    ("mask_head.{rest}", "mask_head.{rest}"),
-]
-# Names that stand for something else in one family of models only; they come before the others.
-_VIT_NAMES = [("backbone.patch_embed.{rest}", "backbone.net.patch_embed.{rest}")]
-_DINO_NAMES = [(f"{_TRANSFORMER}.query_embed.weight", "query_head.query_content.weight")]
 _HEAD_POSITION = f"{_TRANSFORMER}.head_pos_embed.weight"
 _HEAD_DIM = 64  # channels of an attention head of the published ViTs
-_HEADS = ("roi", "atss")  # the auxiliary heads, in the order of the published positive queries
+_PUBLISHED_HEADS = ["roi", "atss"]  # the first positive queries are theirs; then other heads', as a file has them
 
 COUNTER = "a counter of batch norm in training; the statistics are frozen"
 ROTARY = "a table of rotary positions, which are computed from the config"
@@ -149,35 +60,35 @@ def published_to_codetr(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor
     last = max(
         (int(name.split(".")[2]) for name in state_dict if name.startswith("query_head.cls_branches.")), default=0
     )
-    is_vit = any(name.startswith("backbone.blocks.") for name in state_dict)
-    is_dino = f"{_TRANSFORMER}.query_embed.weight" in state_dict
-    rows = _table(is_vit, is_dino)[0]
+    rows = _rows(state_dict, to_published=False)
+    rows_of_heads = {head: _compile(names) for head, names in _names_of_auxiliary_heads().items()}
+    heads = _in_published_order(
+        head for name in state_dict for head, own in rows_of_heads.items() if any(row.fullmatch(name) for row, _ in own)
+    )
+    heads = heads or _PUBLISHED_HEADS  # a file without the heads themselves
+    positions = {str(k): head for k, head in enumerate(heads)}
     converted, unused = {}, {}
     for name, value in state_dict.items():
         if name == _HEAD_POSITION:  # [heads, 1] -> one [1] for each head
-            converted.update(
-                {f"query_head.positive_queries.{_HEADS[k]}.head_embed": row for k, row in enumerate(value)}
-            )
+            converted |= {f"query_head.positive_queries.{heads[k]}.head_embed": row for k, row in enumerate(value)}
         elif name.endswith(".num_batches_tracked"):
             unused[name] = COUNTER
         elif name.endswith((".freqs_cos", ".freqs_sin")):
             unused[name] = ROTARY
         elif name.startswith("ema_"):
             unused[name] = _AVERAGED
-        elif (ours := _translate(name, rows, last, shift=1)) is not None:
-            ours = re.sub(r"(?<=^query_head\.positive_queries\.)\d+", lambda match: _HEADS[int(match[0])], ours)
+        elif (ours := _translate(name, rows, last, shift=1, heads=positions)) is not None:
             converted[ours] = value
         else:
             unused[name] = FOREIGN
-    # Auxiliary heads stand in the order of their positive queries, as in a state dict of ours.
-    return dict(sorted(converted.items(), key=lambda item: item[0].startswith(f"{_ATSS}."))), unused
+    return converted, unused
 
 
 def codetr_to_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`published_to_codetr`.
 
     Args:
-        state_dict: parameters by our names, those of the auxiliary heads in the order of the positive queries.
+        state_dict: parameters by our names.
 
     Raises:
         KeyError: a parameter has no published name.
@@ -186,29 +97,33 @@ def codetr_to_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         (int(name.split(".")[3]) for name in state_dict if name.startswith("query_head.decoder.class_embed.")),
         default=-1,
     )
-    is_vit = any(name.startswith("backbone.net.") for name in state_dict)
-    is_dino = any(name.startswith("query_head.decoder.norm.") for name in state_dict)
-    rows = _table(is_vit, is_dino)[1]
-    published_heads = [
-        head for head in _HEADS if any(name.startswith(f"auxiliary_heads.{head}.") for name in state_dict)
-    ]
+    state_dict = name_positive_queries(state_dict)
+    rows = _rows(state_dict, to_published=True)
+    heads = _in_published_order(_head_of(name) for name in state_dict)
+    positions = {head: str(k) for k, head in enumerate(heads)}
     converted, head_positions = {}, {}
     for name, value in state_dict.items():
-        source = name
-        if match := re.fullmatch(r"query_head\.positive_queries\.(\w+)\.(.+)", name):
-            if match[1] not in published_heads:
-                raise KeyError(f"{name} has no published name")
-            index = published_heads.index(match[1])
-            if match[2] == "head_embed":
-                head_positions[index] = value
-                continue
-            source = f"query_head.positive_queries.{index}.{match[2]}"
-        if (published := _translate(source, rows, last, shift=-1)) is None:
+        if (match := re.fullmatch(r"query_head\.positive_queries\.(\w+)\.head_embed", name)) and match[1] in heads:
+            head_positions[heads.index(match[1])] = value
+        elif (published := _translate(name, rows, last, shift=-1, heads=positions)) is not None:
+            converted[published] = value
+        else:
             raise KeyError(f"{name} has no published name")
-        converted[published] = value
     if head_positions:
         converted[_HEAD_POSITION] = torch.stack([head_positions[k] for k in sorted(head_positions)])
     return converted
+
+
+def name_positive_queries(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name positive queries after their auxiliary heads, in older files of ours, which number them by their order."""
+    heads = list(dict.fromkeys(filter(None, map(_head_of, state_dict))))
+    positions = {str(k): head for k, head in enumerate(heads)}
+    return {
+        re.sub(
+            r"(?<=^query_head\.positive_queries\.)\d+(?=\.)", lambda match: positions.get(match[0], match[0]), name
+        ): value
+        for name, value in state_dict.items()
+    }
 
 
 def computed_tensors(
@@ -251,32 +166,69 @@ def describe(unused: dict[str, str]) -> list[str]:
     ]
 
 
+def _head_of(name: str) -> str | None:
+    """The auxiliary head that a parameter belongs to, by our names."""
+    return name.split(".")[1] if name.startswith("auxiliary_heads.") else None
+
+
+def _in_published_order(heads: Iterable[str | None]) -> list[str]:
+    """Auxiliary heads of a file, as its parameters name them, in the order of the published positive queries."""
+    heads = dict.fromkeys(filter(None, heads))
+    return [*(head for head in _PUBLISHED_HEADS if head in heads), *(x for x in heads if x not in _PUBLISHED_HEADS)]
+
+
+def _names_of_auxiliary_heads() -> dict[str, PublishedNames]:
+    """What the registered auxiliary heads say, with our whole names."""
+    return {
+        kind: under(f"auxiliary_heads.{kind}", head.PUBLISHED_NAMES)
+        for kind, head in AUX_HEAD_REGISTRY
+        if hasattr(head, "PUBLISHED_NAMES")
+    }
+
+
+def _rows(state_dict: dict[str, Tensor], to_published: bool) -> list[tuple[re.Pattern, str]]:
+    """What the registered components say, from published to our names or back.
+
+    A file has one backbone and one query head, which may use the same name for other things: those count whose names
+    fit the most of the file.
+    """
+
+    def compiled(names: PublishedNames) -> list[tuple[re.Pattern, str]]:
+        return _compile([(ours, published) for published, ours in names] if to_published else names)
+
+    def best(prefix: str, registry: Registry) -> list[tuple[re.Pattern, str]]:
+        candidates = [compiled(under(prefix, getattr(component, "PUBLISHED_NAMES", ()))) for _, component in registry]
+        return max(candidates, key=lambda rows: sum(any(row.fullmatch(x) for row, _ in rows) for x in state_dict))
+
+    rows = [*best("backbone", BACKBONE_REGISTRY), *best("query_head", QUERY_HEAD_REGISTRY)]
+    rows += [row for names in _names_of_auxiliary_heads().values() for row in compiled(names)]
+    return rows + [row for _, model in META_ARCH_REGISTRY for row in compiled(getattr(model, "PUBLISHED_NAMES", []))]
+
+
 def _compile(names: list[tuple[str, str]]) -> list[tuple[re.Pattern, str]]:
     """(template, template) -> (regular expression, template)."""
     rows = []
     for source, target in names:
         pattern = re.escape(source)
         for field in re.findall(r"\{(\w+)\}", source):
-            expression = ".+" if field == "rest" else r"\d+"
+            expression = {"rest": ".+", "head": r"\w+"}.get(field, r"\d+")
             pattern = pattern.replace(re.escape(f"{{{field}}}"), f"(?P<{field}>{expression})")
         rows.append((re.compile(pattern), target))
     return rows
 
 
-def _table(is_vit: bool, is_dino: bool) -> tuple[list[tuple[re.Pattern, str]], list[tuple[re.Pattern, str]]]:
-    """The rows for a family of models, from published to ours and back."""
-    first = (_VIT_ROWS if is_vit else ([], []), _DINO_ROWS if is_dino else ([], []))
-    return tuple([*first[0][i], *first[1][i], *_ROWS[i]] for i in (0, 1))
+def _translate(
+    name: str, rows: list[tuple[re.Pattern, str]], last: int, shift: int, heads: dict[str, str]
+) -> str | None:
+    """Translate one name.
 
-
-_ROWS, _VIT_ROWS, _DINO_ROWS = (
-    (_compile(names), _compile([(ours, published) for published, ours in names]))
-    for names in (_NAMES, _VIT_NAMES, _DINO_NAMES)
-)
-
-
-def _translate(name: str, rows: list[tuple[re.Pattern, str]], last: int, shift: int) -> str | None:
-    """Translate one name; ``last`` is the number of the encoder's branch behind the decoder layers'."""
+    Args:
+        name: of a parameter.
+        rows: from :func:`_rows`.
+        last: number of the encoder's branch, behind the decoder layers'.
+        shift: what is added to ``{norm}``.
+        heads: what ``{head}`` becomes.
+    """
     for pattern, target in rows:
         if (match := pattern.fullmatch(name)) is None:
             continue
@@ -285,5 +237,9 @@ def _translate(name: str, rows: list[tuple[re.Pattern, str]], last: int, shift: 
             continue
         if "norm" in fields:
             fields["norm"] = str(int(fields["norm"]) + shift)
+        if "head" in fields:
+            if fields["head"] not in heads:
+                continue
+            fields["head"] = heads[fields["head"]]
         return target.format(**{"last": last, **fields})
     return None

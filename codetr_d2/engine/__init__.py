@@ -1,6 +1,8 @@
 """Training: configs, trainer, optimizer, moving average, processes."""
 
-from ..config.config_file import check_config, check_output_dir, load_config
+from ..config.checks import check_config
+from ..config.config_file import load_config
+from ..config.output_dir import check_output_dir
 from .ema import ModelEMA
 from .launch import run_processes
 from .optimizer import build_optimizer

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InputError
-from .auxiliary import auxiliary_head_names, build_auxiliary_head
+from ..option_checks import one_of, positive, within
+from .auxiliary import AUX_HEAD_REGISTRY, auxiliary_head_names, build_auxiliary_head
 from .backbones.resnet import CheckpointedResNet
+from .facts import check_options, under
 from .masks.refine import RefineMaskHead
 from .neck import ChannelMapper, ConvGN
 from .postprocess import detections_from_queries
@@ -52,6 +54,58 @@ class CoDETR(nn.Module):
         compile: compile backbone, encoder and decoder for inference.
         canvas_value: value of the canvas's pixels before their normalisation.
     """
+
+    PUBLISHED_NAMES = [
+        *under("backbone", CheckpointedResNet.PUBLISHED_NAMES),  # detectron2's, which cannot say so itself
+        *under("neck", ChannelMapper.PUBLISHED_NAMES),
+        ("query_head.downsample.{n}.{rest}", "auxiliary_level.{n}.{rest}"),
+        *under("mask_head", RefineMaskHead.PUBLISHED_NAMES),
+    ]
+    OPTIONS_OF_SHAPES = {"backbone": "MODEL.BACKBONE", "": "MODEL.CODETR.EMBED_DIM"}
+    OPTIONS_OF_NAMES = {
+        "backbone": "MODEL.BACKBONE.NAME and its depth",
+        "neck": "MODEL.CODETR.IN_FEATURES and NUM_FEATURE_LEVELS",
+        "": "MODEL.CODETR.QUERY_HEAD",
+    }
+    OPTIONAL_PARTS = {
+        "auxiliary_heads.*": "an auxiliary head that MODEL.CODETR.AUX_HEADS does not list",
+        "auxiliary_level": "for auxiliary heads; MODEL.CODETR.AUX_HEADS is empty",
+        "mask_head": "instance masks; MODEL.MASK_ON is False or MODEL.CODETR.MASK_HEAD another",
+    }
+
+    @classmethod
+    def check_options(cls, cfg: CfgNode) -> None:
+        """Check the options of the model, and let its heads check theirs; the backbone is built by itself."""
+        options = cfg.MODEL.CODETR
+        one_of(cfg, "MODEL.CODETR.QUERY_HEAD", [name for name, _ in QUERY_HEAD_REGISTRY])
+        one_of(cfg, "MODEL.CODETR.AUX_HEADS", [name for name, _ in AUX_HEAD_REGISTRY])
+        check_options(QUERY_HEAD_REGISTRY.get(options.QUERY_HEAD), cfg)
+        for kind in dict.fromkeys(options.AUX_HEADS):
+            check_options(AUX_HEAD_REGISTRY.get(kind), cfg)
+        if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":  # detectron2's, which cannot say so itself
+            one_of(cfg, "MODEL.CODETR.IN_FEATURES", cfg.MODEL.RESNETS.OUT_FEATURES)
+        if not 0 < len(options.IN_FEATURES) <= options.NUM_FEATURE_LEVELS:
+            raise InputError(
+                f"MODEL.CODETR.IN_FEATURES names {len(options.IN_FEATURES)} features; it must be at least one, and at "
+                f"most MODEL.CODETR.NUM_FEATURE_LEVELS ({options.NUM_FEATURE_LEVELS})"
+            )
+        one_of(cfg, "MODEL.CODETR.NECK", ["ChannelMapper", ""])
+        one_of(cfg, "MODEL.CODETR.INFERENCE_DTYPE", ["float32", "bfloat16"])
+        one_of(cfg, "MODEL.CODETR.EVAL_HEAD", ["detr", *auxiliary_head_names(options.AUX_HEADS)])
+        if cfg.MODEL.MASK_ON:
+            one_of(cfg, "MODEL.CODETR.MASK_HEAD", ["roi", "refine"])
+            if options.MASK_HEAD == "refine":
+                RefineMaskHead.check_options(cfg)
+            elif "roi" not in options.AUX_HEADS:
+                raise InputError(
+                    'MODEL.CODETR.MASK_HEAD is "roi", which is a branch of the ROI auxiliary head: add "roi" to '
+                    'MODEL.CODETR.AUX_HEADS, or choose the mask head "refine"'
+                )
+        if cfg.MODEL.KEYPOINT_ON:
+            raise InputError("MODEL.KEYPOINT_ON is True, but Co-DETR has no keypoints; set it to False")
+        one_of(cfg, "MODEL.MS_DEFORM_ATTN", ["auto", "cpp", "triton", "eager"])
+        positive(cfg, "MODEL.CODETR.NUM_CLASSES", "MODEL.CODETR.SIZE_DIVISIBILITY")
+        within(cfg, 0, math.inf, "MODEL.CODETR.LAMBDA2", "MODEL.CODETR.CANVAS_SIZE")
 
     @configurable
     def __init__(
@@ -95,11 +149,6 @@ class CoDETR(nn.Module):
             self.auxiliary_level = ConvGN(query_head.embed_dim, query_head.embed_dim, 3, stride=2, bias=True)
         self.auxiliary_weight = auxiliary_weight
         self.eval_head = eval_head
-        if roi_masks and "roi" not in auxiliary_heads:
-            raise InputError(
-                'MODEL.CODETR.MASK_HEAD is "roi", but MODEL.CODETR.AUX_HEADS has no "roi" head: add it, or choose the '
-                'mask head "refine"'
-            )
         self.mask_head = mask_head
         self.roi_masks = roi_masks
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
@@ -107,6 +156,7 @@ class CoDETR(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
+        cls.check_options(cfg)
         options = cfg.MODEL.CODETR
         mask_kind = options.MASK_HEAD if cfg.MODEL.MASK_ON else None
         ops.check_backend(cfg.MODEL.MS_DEFORM_ATTN)
@@ -114,11 +164,7 @@ class CoDETR(nn.Module):
         if cfg.MODEL.RESNETS.ACTIVATION_CHECKPOINTING and isinstance(backbone, ResNet):
             backbone = CheckpointedResNet(backbone)
         shapes = backbone.output_shape()
-        for name in options.IN_FEATURES:
-            if name not in shapes:
-                raise InputError(
-                    f"MODEL.CODETR.IN_FEATURES has {name!r}; {cfg.MODEL.BACKBONE.NAME} gives {', '.join(shapes)}"
-                )
+        one_of(cfg, "MODEL.CODETR.IN_FEATURES", list(shapes))  # of backbones that know it only now
         input_shapes = [shapes[name] for name in options.IN_FEATURES]
         neck, strides = None, [shape.stride for shape in input_shapes]
         if any(a >= b for a, b in zip(strides, strides[1:])):

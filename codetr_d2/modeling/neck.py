@@ -32,6 +32,12 @@ class ChannelMapper(nn.Module):
         num_levels: number of levels, at least as many as features.
     """
 
+    PUBLISHED_NAMES = [
+        (f"neck.{convs}.{{n}}.{published}.{{rest}}", f"{convs}.{{n}}.{ours}.{{rest}}")
+        for convs in ("convs", "extra_convs")
+        for published, ours in (("conv", 0), ("gn", 1))
+    ]
+
     def __init__(self, input_shapes: list[ShapeSpec], out_channels: int, num_levels: int):
         super().__init__()
         if num_levels < len(input_shapes):

@@ -1,6 +1,8 @@
 import io
 import os
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,15 @@ from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer, atomic_write
 from codetr_d2.checkpoint.convert import checkpoint_to_codetr
 from codetr_d2.checkpoint.published import codetr_to_published
 from codetr_d2.checkpoint.safe_load import load_numpy_pickle
+from codetr_d2.engine.ema import ModelEMA
 from codetr_d2.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
 
 class Model(nn.Module):
+    OPTIONS_OF_SHAPES = {"class_embed": "MODEL.CODETR.NUM_CLASSES"}
+
     def __init__(self, num_classes=5):
         super().__init__()
         self.backbone = nn.Module()
@@ -60,6 +65,27 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
     atomic_write(str(path), lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
+
+
+def test_writers_into_one_folder_do_not_meet(tmp_path):
+    """Nor into one file, which is one of theirs as a whole."""
+    barrier = threading.Barrier(2)
+
+    def write(file, byte):
+        for _ in range(3):
+            barrier.wait(60)  # each writes a third while the other's file lies open
+            file.write(byte * 1000)
+
+    for names in (("same", "same"), ("one", "two")):
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [
+                pool.submit(atomic_write, str(tmp_path / name), lambda file, byte=byte: write(file, byte))
+                for name, byte in zip(names, (b"a", b"b"))
+            ]
+        assert [job.result() for job in jobs] == [None, None]
+    assert (tmp_path / "same").read_bytes() in (b"a" * 3000, b"b" * 3000)
+    assert (tmp_path / "one").read_bytes() == b"a" * 3000 and (tmp_path / "two").read_bytes() == b"b" * 3000
+    assert sorted(os.listdir(tmp_path)) == ["one", "same", "two"]
 
 
 def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -351,33 +377,60 @@ def test_published_weights_are_converted_while_loading(detector, published_file,
     assert same(detector, model)
 
 
-@pytest.mark.parametrize("source", ["published", "ours"])
+def with_numbers(state_dict):
+    """The names that files had before: positive queries numbered in the order of their auxiliary heads."""
+    heads = list(dict.fromkeys(name.split(".")[1] for name in state_dict if name.startswith("auxiliary_heads.")))
+    start = "query_head.positive_queries."
+    numbered = {}
+    for name, value in state_dict.items():
+        if name.startswith(start):
+            head, rest = name.removeprefix(start).split(".", 1)
+            name = f"{start}{heads.index(head)}.{rest}"
+        numbered[name] = value
+    return numbered
+
+
+@pytest.mark.parametrize("source", ["published", "ours", "numbered"])
 @pytest.mark.parametrize("heads", [[], ["atss"], ["atss", "roi"], ["roi"], ["atss", "atss"]])
 def test_auxiliary_heads_are_found_by_name(detector, published_file, tmp_path, load, heads, source):
     path = published_file
-    if source == "ours":
+    if source != "published":
+        state = detector.state_dict()
         path = tmp_path / "ours.pth"
-        torch.save({"model": detector.state_dict()}, path)
+        torch.save({"model": with_numbers(state) if source == "numbered" else state}, path)
     model = build_detector(heads=heads)
     fresh = {name: value.clone() for name, value in model.state_dict().items()}
     log = load(model, path)
-    position = {"roi": 0, "atss": 1}
     expected = detector.state_dict()
     names = list(model.auxiliary_heads)
     for name, value in model.state_dict().items():
-        parts = name.split(".")
-        if name.startswith("query_head.positive_queries."):
-            head = names[int(parts[2])]
-            source_name = ".".join([*parts[:2], str(position.get(head)), *parts[3:]])
-        else:
-            head, source_name = (parts[1] if parts[0] == "auxiliary_heads" else ""), name
-        reference = fresh[name] if head == "atss2" else expected[source_name]
-        assert torch.equal(value, reference), name
+        assert torch.equal(value, (fresh if ".atss2." in name else expected)[name]), name
     dropped = {"roi", "atss"} - set(names)
     assert ("an auxiliary head that MODEL.CODETR.AUX_HEADS does not list" in log.text) == bool(dropped)
     assert ("MODEL.CODETR.AUX_HEADS is empty): auxiliary_level" in log.text) == (not heads)
     # Only what starts anew is worth a warning.
     assert len(warnings_of(log)) == ("atss2" in names)
+
+
+@pytest.mark.parametrize("heads", [["atss", "roi"], ["atss"], ["roi", "roi"], ["atss", "roi", "atss"]])
+def test_numbers_of_positive_queries_follow_the_heads_of_their_file(tmp_path, load, heads):
+    source, model = build_detector(heads=heads), build_detector(heads=heads[::-1])
+    state = with_numbers(source.state_dict())
+    assert {name.split(".")[2] for name in state if "positive_queries" in name} == {*map(str, range(len(heads)))}
+    torch.save({"model": state}, tmp_path / "old.pth")
+    assert not warnings_of(load(model, tmp_path / "old.pth"))
+    assert same(source, model)
+
+
+def test_averages_of_a_run_of_before_are_resumed(detector, tmp_path):
+    """A run that numbers its positive queries goes on with its moving average, too."""
+    ema = ModelEMA(detector, 0.9, 10)
+    averages = {name: value + 1 for name, value in ema.state_dict().items()}
+    torch.save({"model": with_numbers(detector.state_dict()), "ema": with_numbers(averages)}, tmp_path / "old.pth")
+    (tmp_path / "last_checkpoint").write_text("old.pth")
+    CoDETRCheckpointer(detector, str(tmp_path), ema=ema).resume_or_load("", resume=True)
+    for name, value in ema.state_dict().items():
+        assert torch.equal(value, averages[name]), name
 
 
 @pytest.fixture
@@ -475,10 +528,13 @@ def test_another_model_names_its_option(published_file, load, options, message):
 
 def test_another_family_and_another_version(published_file, load, tmp_path):
     weights = torch.load(published_file, weights_only=True)["state_dict"]
-    dino = {**weights, "query_head.transformer.decoder.norm.weight": torch.zeros(32)}
-    torch.save(dino, tmp_path / "dino.pth")
-    with pytest.raises(InputError, match="dino.pth: .*QUERY_HEAD CoDINOHead"):
-        load(build_detector(), tmp_path / "dino.pth")
+    dino = build_detector(**{"MODEL.CODETR.QUERY_HEAD": "CoDINOHead"})
+    for state in (dino.state_dict(), codetr_to_published(dino.state_dict())):
+        torch.save(state, tmp_path / "dino.pth")
+        with pytest.raises(InputError, match="dino.pth: .*QUERY_HEAD CoDINOHead"):
+            load(build_detector(), tmp_path / "dino.pth")
+    with pytest.raises(InputError, match="published.pth: .*QUERY_HEAD CoDeformableDETRHead"):
+        load(dino, published_file)
     renamed = {name.replace("attentions.0", "self_attn"): value for name, value in weights.items()}
     torch.save(renamed, tmp_path / "renamed.pth")
     with pytest.raises(

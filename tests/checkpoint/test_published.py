@@ -111,25 +111,30 @@ def test_names(file, theirs, ours):
     assert published_to_codetr(weights)[0][ours] is weights[theirs]
 
 
-def test_positive_queries_follow_their_heads_on_the_way_back():
-    weights = published("co_deformable_detr_r50_1x_coco")
-    ours = published_to_codetr(weights)[0]
-    position = torch.tensor([[1.0], [2.0]])
-    # A model trained with AUX_HEADS: [atss, roi] numbers its positive queries the other way round.
-    turned = {}
-    for name, value in sorted(ours.items(), key=lambda item: item[0].startswith("auxiliary_heads.roi.")):
-        for k in (0, 1):
-            start = f"query_head.positive_queries.{k}."
-            if name.startswith(start):
-                name = name.replace(start, f"query_head.positive_queries.{1 - k}.")
-                value = position[k] if name.endswith("head_embed") else value
-                break
-        turned[name] = value
-    back = codetr_to_published(turned)
-    for k in (0, 1):
-        key = f"query_head.transformer.aux_pos_trans.{k}.weight"
-        assert back[key] is weights[key]
-    assert torch.equal(back["query_head.transformer.head_pos_embed.weight"], position)
+@pytest.mark.parametrize("heads", [["roi", "atss"], ["atss", "roi"], ["atss"], ["roi"]])
+@pytest.mark.parametrize("numbered", [False, True])  # older files number them in the order of the heads
+def test_positive_queries_follow_their_heads(heads, numbered):
+    """Of a model trained with AUX_HEADS in any order; the published order is roi, atss, whichever of them there are."""
+    ours = published_to_codetr(published("co_deformable_detr_r50_1x_coco"))[0]
+    value = {"roi": torch.tensor([1.0]), "atss": torch.tensor([2.0])}
+    trained = {name: x for name, x in ours.items() if "auxiliary_heads" not in name and "positive_queries" not in name}
+    for k, head in enumerate(heads):
+        trained[f"auxiliary_heads.{head}.{'cls_score' if head == 'atss' else 'roi_heads.box_head.fc1'}.bias"] = value[
+            head
+        ]
+        for name in ("head_embed", "box_proj.bias", "feature_norm.weight"):
+            trained[f"query_head.positive_queries.{k if numbered else head}.{name}"] = value[head]
+    back = codetr_to_published(trained)
+    in_order = [head for head in ("roi", "atss") if head in heads]
+    assert back["query_head.transformer.head_pos_embed.weight"].tolist() == [value[x].tolist() for x in in_order]
+    for k, head in enumerate(in_order):
+        assert back[f"query_head.transformer.aux_pos_trans.{k}.bias"] is value[head]
+        assert back[f"query_head.transformer.pos_feats_norm.{k}.weight"] is value[head]
+    again, unused = published_to_codetr(back)
+    assert not unused
+    for head in heads:
+        assert again[f"query_head.positive_queries.{head}.box_proj.bias"] is value[head]
+        assert torch.equal(again[f"query_head.positive_queries.{head}.head_embed"], value[head])
 
 
 def test_foreign_names_are_reported():

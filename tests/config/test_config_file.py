@@ -63,6 +63,7 @@ CODETR = [
 JITTER = ["INPUT.LARGE_SCALE_JITTER.ENABLED", "True", "MODEL.CODETR.CANVAS_SIZE", "64", "INPUT.MAX_SIZE_TEST", "64"]
 EACH_WITH_TWO_HEADS = ["MODEL.CODETR.ENCODER.NUM_HEADS", "2", "MODEL.CODETR.DECODER.NUM_HEADS", "2"]
 CROP = ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE"]
+DINO = ["MODEL.CODETR.QUERY_HEAD", "CoDINOHead"]
 COPY_PASTE = ["INPUT.COPY_PASTE.ENABLED", "True"]
 
 
@@ -149,8 +150,8 @@ VIT = [
         (["MODEL.CODETR.LAMBDA1", "-1"], 1, r"LAMBDA1 is -1\.0; it must be at least 0"),
         (["MODEL.CODETR.CANVAS_SIZE", "-1"], 1, r"CANVAS_SIZE is -1; it must be at least 0"),
         (["MODEL.CODETR.SOFT_NMS_THRESH", "2"], 1, r"SOFT_NMS_THRESH is 2\.0; it must be from 0 to 1"),
-        (["MODEL.CODETR.DENOISING.NUM_QUERIES", "-3"], 1, r"DENOISING\.NUM_QUERIES is -3"),
-        (["MODEL.CODETR.DENOISING.LABEL_NOISE", "3"], 1, r"LABEL_NOISE is 3\.0; it must be from 0 to 1"),
+        ([*DINO, "MODEL.CODETR.DENOISING.NUM_QUERIES", "-3"], 1, r"DENOISING\.NUM_QUERIES is -3"),
+        ([*DINO, "MODEL.CODETR.DENOISING.LABEL_NOISE", "3"], 1, r"LABEL_NOISE is 3\.0; it must be from 0 to 1"),
         (
             [*("MODEL.CODETR.EMBED_DIM", "2"), *EACH_WITH_TWO_HEADS],
             1,

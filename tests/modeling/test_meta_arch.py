@@ -246,7 +246,7 @@ def test_masks_are_all_that_inference_reads_of_the_auxiliary_heads():
 
 
 def test_masks_of_the_roi_head_need_it():
-    with pytest.raises(InputError, match='MASK_HEAD is "roi".*AUX_HEADS has no "roi"'):
+    with pytest.raises(InputError, match='MASK_HEAD is "roi".*add "roi" to MODEL.CODETR.AUX_HEADS'):
         build("MODEL.MASK_ON", True, aux_heads=("atss",))
 
 
@@ -312,7 +312,7 @@ FPN = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.FPN.IN_FEATURES"
 @pytest.mark.parametrize(
     "features, opts, message",
     [
-        (["p3", "p9"], FPN, "IN_FEATURES has 'p9'; build_timm_fpn_backbone gives p3, p4"),
+        (["p3", "p9"], FPN, "IN_FEATURES is 'p9'; it may be: p3, p4"),
         (["stride32", "stride8"], [], r"IN_FEATURES is .*\[32, 8\]; order them from fine to coarse"),
         (["stride8", "stride32"], [], r'IN_FEATURES gives levels of the strides \[8, 32.*leave "roi" out'),
     ],

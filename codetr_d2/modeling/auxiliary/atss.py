@@ -1,5 +1,7 @@
 """The ATSS auxiliary head."""
 
+import math
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -9,8 +11,11 @@ from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
 from ...distributed import reduce_mean
+from ...errors import InputError
 from ...layers import focal_loss
+from ...option_checks import positive, within
 from ..assigners.atss import assign_atss
+from ..facts import ClassRows
 from .anchors import square_anchors
 from .base import AUX_HEAD_REGISTRY
 from .dense import DenseHead, DenseTargets
@@ -18,6 +23,7 @@ from .dense import DenseHead, DenseTargets
 __all__ = ["ATSSHead"]
 
 
+@AUX_HEAD_REGISTRY.register("atss")
 class ATSSHead(DenseHead):
     """ATSS with one square anchor at each cell of the pyramid.
 
@@ -28,6 +34,30 @@ class ATSSHead(DenseHead):
 
     options = "ATSS"
     loss_names = ("loss_cls", "loss_box", "loss_centerness")
+    PUBLISHED_NAMES = [
+        ("bbox_head.0.cls_convs.{n}.gn.{rest}", "cls_tower.{n}.norm.{rest}"),
+        ("bbox_head.0.cls_convs.{n}.conv.{rest}", "cls_tower.{n}.{rest}"),
+        ("bbox_head.0.reg_convs.{n}.gn.{rest}", "box_tower.{n}.norm.{rest}"),
+        ("bbox_head.0.reg_convs.{n}.conv.{rest}", "box_tower.{n}.{rest}"),
+        ("bbox_head.0.atss_cls.{rest}", "cls_score.{rest}"),
+        ("bbox_head.0.atss_reg.{rest}", "box_deltas.{rest}"),
+        ("bbox_head.0.atss_centerness.{rest}", "centerness.{rest}"),
+        ("bbox_head.0.scales.{n}.scale", "scales.{n}"),
+    ]
+    OPTIONS_OF_NAMES = {"": "MODEL.ATSS.NUM_CONVS"}
+
+    @classmethod
+    def check_options(cls, cfg: CfgNode) -> None:
+        positive(cfg, "MODEL.ATSS.TOPK", "MODEL.ATSS.ANCHOR_SCALE", "MODEL.ATSS.PRE_NMS_TOPK_TEST")
+        within(cfg, 0, math.inf, "MODEL.ATSS.NUM_CONVS")
+        within(cfg, 0, 1, "MODEL.ATSS.NMS_THRESH_TEST")
+        if len(weights := cfg.MODEL.ATSS.BBOX_REG_WEIGHTS) != 4:
+            raise InputError(
+                f"MODEL.ATSS.BBOX_REG_WEIGHTS is {weights}; it must have four entries: for x, y, width and height"
+            )
+
+    def class_rows(self) -> dict[str, ClassRows]:
+        return {"cls_score": ClassRows()}
 
     @configurable
     def __init__(
@@ -101,9 +131,3 @@ def _centerness(anchors: Tensor, gt_boxes: Tensor) -> Tensor:
     left_top, right_bottom = centers - gt_boxes[:, :2], gt_boxes[:, 2:] - centers
     ratios = torch.minimum(left_top, right_bottom) / torch.maximum(left_top, right_bottom)  # horizontal, vertical
     return ratios.prod(dim=1).sqrt()
-
-
-@AUX_HEAD_REGISTRY.register()
-def atss(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> ATSSHead:
-    """The auxiliary head that a config calls ``atss``."""
-    return ATSSHead(cfg, input_shapes)

@@ -1,5 +1,8 @@
 """The interface of the auxiliary heads, and where they are registered."""
 
+from collections.abc import Callable
+from typing import Any
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Instances
@@ -12,9 +15,27 @@ from ..structures import PositiveSamples
 
 __all__ = ["AUX_HEAD_REGISTRY", "AuxiliaryHead", "auxiliary_head_names", "build_auxiliary_head"]
 
-AUX_HEAD_REGISTRY = Registry("AUX_HEAD")
+
+class _AuxiliaryHeadRegistry(Registry):
+    """A registry whose names may be given: ``@register("atss")`` on a class, beside ``@register()``."""
+
+    def register(self, obj: Any = None) -> Any:
+        if not isinstance(obj, str):
+            return super().register(obj)
+
+        def decorate(head: Callable) -> Callable:
+            self._do_register(obj, head)
+            return head
+
+        return decorate
+
+
+AUX_HEAD_REGISTRY = _AuxiliaryHeadRegistry("AUX_HEAD")
 AUX_HEAD_REGISTRY.__doc__ = """
 Registry of auxiliary heads: the names that ``MODEL.CODETR.AUX_HEADS`` may list.
+
+A class is registered by ``@AUX_HEAD_REGISTRY.register("name")``, so that what it says of itself
+(:mod:`codetr_d2.modeling.facts`) is known; a function by ``@AUX_HEAD_REGISTRY.register()``, under its own name.
 
 The registered object is called with ``obj(cfg, input_shapes)``, where ``input_shapes`` is a list of ``ShapeSpec`` with
 the channels and stride of each level of the head's pyramid, from fine to coarse. It returns an :class:`AuxiliaryHead`.

@@ -7,7 +7,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ROIAlign, ShapeSpec
 from detectron2.modeling import (
     PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
     build_proposal_generator,
     build_roi_heads,
 )
@@ -25,7 +27,9 @@ from ...distributed import reduce_mean
 from ...errors import InputError
 from ...layers import soft_nms
 from ...ops import roi_align
+from ...option_checks import one_of, within
 from ..assigners.max_iou import MaxIoUMatcher
+from ..facts import ClassRows
 from ..pyramid import FeaturePyramid
 from ..structures import PositiveSamples
 from .anchors import valid_anchors
@@ -263,6 +267,7 @@ class CoROIHeads(StandardROIHeads):
         return {name: loss.float() * scale for name, loss in super()._forward_mask(features, instances).items()}
 
 
+@AUX_HEAD_REGISTRY.register("roi")
 class ROIHead(AuxiliaryHead):
     """Faster R-CNN as an auxiliary head.
 
@@ -277,6 +282,44 @@ class ROIHead(AuxiliaryHead):
 
     Source: paper, section 3.2 and table 1.
     """
+
+    PUBLISHED_NAMES = [
+        ("rpn_head.rpn_conv.{rest}", "proposal_generator.rpn_head.conv.{rest}"),
+        ("rpn_head.rpn_cls.{rest}", "proposal_generator.rpn_head.objectness_logits.{rest}"),
+        ("rpn_head.rpn_reg.{rest}", "proposal_generator.rpn_head.anchor_deltas.{rest}"),
+        ("roi_head.0.bbox_head.fc_cls.{rest}", "roi_heads.box_predictor.cls_score.{rest}"),
+        ("roi_head.0.bbox_head.fc_reg.{rest}", "roi_heads.box_predictor.bbox_pred.{rest}"),
+        ("roi_head.0.bbox_head.shared_fcs.{norm}.{rest}", "roi_heads.box_head.fc{norm}.{rest}"),
+        ("roi_head.0.bbox_head.shared_convs.{norm}.gn.{rest}", "roi_heads.box_head.conv{norm}.norm.{rest}"),
+        ("roi_head.0.bbox_head.shared_convs.{norm}.conv.{rest}", "roi_heads.box_head.conv{norm}.{rest}"),
+        ("roi_head.0.mask_head.convs.{norm}.conv.{rest}", "roi_heads.mask_head.mask_fcn{norm}.{rest}"),
+        ("roi_head.0.mask_head.upsample.{rest}", "roi_heads.mask_head.deconv.{rest}"),
+        ("roi_head.0.mask_head.conv_logits.{rest}", "roi_heads.mask_head.predictor.{rest}"),
+    ]
+    OPTIONS_OF_SHAPES = {
+        "roi_heads.box_predictor.bbox_pred": "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
+        "roi_heads.mask_head.predictor": "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK",
+        "roi_heads.mask_head": "MODEL.ROI_MASK_HEAD.CONV_DIM",
+        "roi_heads.box_head": "MODEL.ROI_BOX_HEAD (NUM_CONV, CONV_DIM, NUM_FC, FC_DIM, POOLER_RESOLUTION)",
+        "proposal_generator.rpn_head.objectness_logits": "MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS",
+        "proposal_generator.rpn_head.anchor_deltas": "MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS",
+    }
+    OPTIONS_OF_NAMES = {"roi_heads.box_head": "MODEL.ROI_BOX_HEAD.NUM_CONV and NUM_FC"}
+    OPTIONAL_PARTS = {"roi_heads.mask_head": "a mask branch; MODEL.MASK_ON is False"}
+
+    @classmethod
+    def check_options(cls, cfg: CfgNode) -> None:
+        one_of(cfg, "MODEL.ROI_BOX_HEAD.NAME", [name for name, _ in ROI_BOX_HEAD_REGISTRY])  # "" by default
+        if cfg.MODEL.MASK_ON and cfg.MODEL.CODETR.MASK_HEAD == "roi":
+            one_of(cfg, "MODEL.ROI_MASK_HEAD.NAME", [name for name, _ in ROI_MASK_HEAD_REGISTRY])
+        within(cfg, 0, 1, "MODEL.RPN.NMS_THRESH_TEST")
+
+    def class_rows(self) -> dict[str, ClassRows]:
+        return {
+            "roi_heads.box_predictor.cls_score": ClassRows(extra=1),  # the last row is background
+            "roi_heads.box_predictor.bbox_pred": ClassRows(per_class=4),
+            "roi_heads.mask_head.predictor": ClassRows(),
+        }
 
     @configurable
     def __init__(self, *, proposal_generator: nn.Module, roi_heads: CoROIHeads, level_names: list[str]) -> None:
@@ -370,9 +413,3 @@ class ROIHead(AuxiliaryHead):
         """
         _, features = self._inputs(memory)
         return self.roi_heads.forward_with_given_boxes(features, detections)
-
-
-@AUX_HEAD_REGISTRY.register()
-def roi(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> ROIHead:
-    """The auxiliary head that a config calls ``roi``."""
-    return ROIHead(cfg, input_shapes)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import InputError
+from ...option_checks import divisible, one_of, positive, share
+from ..facts import stating
 
 __all__ = ["Eva02", "Eva02Pyramid", "build_eva02_pyramid_backbone", "rotary_tables"]
 
@@ -200,16 +202,55 @@ class Eva02Pyramid(Backbone):
         net: the ViT.
         out_channels: channels of every level.
         out_features: names of the levels to return; there are no others in the model.
-
-    Raises:
-        InputError: a level does not exist.
     """
+
+    PUBLISHED_NAMES = [
+        ("backbone.patch_embed.{rest}", "net.patch_embed.{rest}"),
+        ("backbone.blocks.{rest}", "net.blocks.{rest}"),
+        ("backbone.pos_embed", "net.pos_embed"),
+        ("backbone.out_norm.{rest}", "net.out_norm.{rest}"),
+        ("neck.p{n}.{rest}", "p{n}.{rest}"),
+    ]
+    OPTIONS_OF_SHAPES = {
+        "net.pos_embed": "MODEL.EVA02.PRETRAIN_IMAGE_SIZE and EMBED_DIM",
+        "net.patch_embed": "MODEL.EVA02.PATCH_SIZE and EMBED_DIM",
+        "net": "MODEL.EVA02.EMBED_DIM and NUM_HEADS",
+        "": "MODEL.FPN.OUT_CHANNELS and MODEL.EVA02.EMBED_DIM",
+    }
+
+    @classmethod
+    def check_options(cls, cfg: CfgNode) -> None:
+        options = cfg.MODEL.EVA02
+        one_of(cfg, "MODEL.CODETR.IN_FEATURES", _LEVELS)
+        positive(cfg, *(f"MODEL.EVA02.{x}" for x in ("EMBED_DIM", "DEPTH", "NUM_HEADS", "WINDOW_SIZE")))
+        positive(cfg, "MODEL.EVA02.PATCH_SIZE", "MODEL.EVA02.PRETRAIN_IMAGE_SIZE", "MODEL.FPN.OUT_CHANNELS")
+        share(cfg, "MODEL.EVA02.DROP_PATH_RATE")
+        patch = options.PATCH_SIZE
+        divisible("MODEL.EVA02.EMBED_DIM", options.EMBED_DIM, 4 * options.NUM_HEADS, "4 times MODEL.EVA02.NUM_HEADS")
+        divisible("MODEL.EVA02.PATCH_SIZE", patch, 4, "the refinement to p2")
+        divisible("MODEL.EVA02.PRETRAIN_IMAGE_SIZE", options.PRETRAIN_IMAGE_SIZE, patch, "MODEL.EVA02.PATCH_SIZE")
+        divisible("MODEL.EVA02.IMAGE_SIZE", options.IMAGE_SIZE, 2 * patch, "twice MODEL.EVA02.PATCH_SIZE")
+        outside = [i for i in options.GLOBAL_BLOCKS if i not in range(options.DEPTH)]
+        if outside:
+            raise InputError(
+                f"MODEL.EVA02.GLOBAL_BLOCKS has {outside[0]!r}, but blocks count from 0 to MODEL.EVA02.DEPTH - 1 "
+                f"({options.DEPTH - 1})"
+            )
+        if cfg.MODEL.META_ARCHITECTURE == "CoDETR":
+            canvas, dim, channels = cfg.MODEL.CODETR.CANVAS_SIZE, cfg.MODEL.CODETR.EMBED_DIM, cfg.MODEL.FPN.OUT_CHANNELS
+            if options.IMAGE_SIZE not in (0, canvas):
+                raise InputError(
+                    f"MODEL.EVA02.IMAGE_SIZE is {options.IMAGE_SIZE}; it must be 0, or MODEL.CODETR.CANVAS_SIZE "
+                    f"({canvas}): the side of the square that images lie on"
+                )
+            if not cfg.MODEL.CODETR.NECK and channels != dim:
+                raise InputError(
+                    f"MODEL.FPN.OUT_CHANNELS is {channels}; without MODEL.CODETR.NECK it must be "
+                    f"MODEL.CODETR.EMBED_DIM ({dim})"
+                )
 
     def __init__(self, net: Eva02, out_channels: int, out_features: Sequence[str] = _LEVELS):
         super().__init__()
-        missing = [name for name in out_features if name not in _LEVELS]
-        if missing:
-            raise InputError(f"MODEL.CODETR.IN_FEATURES: EVA-02 has no {missing}; it has {', '.join(_LEVELS)}.")
         self.net = net
         dim = net.pos_embed.shape[-1]
         patch_size = net.patch_embed.proj.stride[0]
@@ -263,11 +304,16 @@ class Eva02Pyramid(Backbone):
 
 
 @BACKBONE_REGISTRY.register()
+@stating(check_options=Eva02Pyramid.check_options, PUBLISHED_NAMES=Eva02Pyramid.PUBLISHED_NAMES)
 def build_eva02_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Eva02Pyramid:
     """``MODEL.EVA02`` -> backbone with the features that ``MODEL.CODETR.IN_FEATURES`` names (p2 to p6).
 
     They have ``MODEL.FPN.OUT_CHANNELS`` channels.
+
+    Raises:
+        InputError: the options are faulty.
     """
+    Eva02Pyramid.check_options(cfg)
     options = cfg.MODEL.EVA02
     net = Eva02(
         embed_dim=options.EMBED_DIM,

@@ -1,11 +1,14 @@
 """Backbones under detectron2's feature pyramid network, for detectron2's own detectors."""
 
+from functools import partial
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
-from .swin import swin_from_config
+from ..facts import stating
+from .swin import SwinBackbone, swin_from_config
 from .timm import timm_from_config
 
 __all__ = ["build_swin_fpn_backbone", "build_timm_fpn_backbone"]
@@ -24,12 +27,13 @@ def _with_fpn(bottom_up: Backbone, cfg: CfgNode) -> FPN:
 
 
 @BACKBONE_REGISTRY.register()
+@stating(check_options=partial(SwinBackbone.check_options, features="MODEL.FPN.IN_FEATURES"))
 def build_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """``MODEL.SWIN`` under an FPN (``MODEL.FPN``), whose ``IN_FEATURES`` are of ``p0`` to ``p3``.
 
     The pyramid's own features are named by their stride, as detectron2 does: p2 (stride 4), p3, ... and one above.
     """
-    return _with_fpn(swin_from_config(cfg, cfg.MODEL.FPN.IN_FEATURES), cfg)
+    return _with_fpn(swin_from_config(cfg, "MODEL.FPN.IN_FEATURES"), cfg)
 
 
 @BACKBONE_REGISTRY.register()

@@ -14,6 +14,21 @@ class CheckpointedResNet(ResNet):
         resnet: what :func:`detectron2.modeling.backbone.build_resnet_backbone` gives; its blocks become this one's.
     """
 
+    PUBLISHED_NAMES = [  # torchvision's
+        ("backbone.bn1.{rest}", "stem.conv1.norm.{rest}"),
+        ("backbone.conv1.{rest}", "stem.conv1.{rest}"),
+        *(
+            (f"backbone.layer{stage}.{{n}}.{published}.{{rest}}", f"res{stage + 1}.{{n}}.{ours}.{{rest}}")
+            for stage in (1, 2, 3, 4)
+            for published, ours in (
+                *((f"bn{i}", f"conv{i}.norm") for i in (1, 2, 3)),
+                *((f"conv{i}", f"conv{i}") for i in (1, 2, 3)),
+                ("downsample.1", "shortcut.norm"),
+                ("downsample.0", "shortcut"),
+            )
+        ),
+    ]
+
     def __init__(self, resnet: ResNet):
         stages = [list(getattr(resnet, name)) for name in resnet.stage_names]
         super().__init__(resnet.stem, stages, out_features=list(resnet.output_shape()))

@@ -12,6 +12,8 @@ from timm.layers import DropPath
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import InputError
+from ...option_checks import divisible, one_of, option, positive, share
+from ..facts import stating
 
 __all__ = ["SwinBackbone", "build_swin_backbone", "swin_from_config"]
 
@@ -28,10 +30,34 @@ class SwinBackbone(SwinTransformer):
         window_size: side of the attention windows.
         drop_path_rate: stochastic depth of the last block in training; it rises linearly from 0.
         activation_checkpointing: recompute each block in the backward pass.
-
-    Raises:
-        InputError: a feature does not exist.
     """
+
+    PUBLISHED_NAMES = [
+        (f"backbone.{name}.{{rest}}", f"{name}.{{rest}}") for name in ("patch_embed", "layers", "norm{n}")
+    ]
+    OPTIONS_OF_SHAPES = {
+        "layers.*.blocks.*.attn.relative_position_*": "MODEL.SWIN.WINDOW_SIZE and NUM_HEADS",
+        "": "MODEL.SWIN.EMBED_DIM and NUM_HEADS",
+    }
+    OPTIONAL_PARTS = {"norm*": "the norm of a feature that MODEL.CODETR.IN_FEATURES does not list"}
+
+    @classmethod
+    def check_options(cls, cfg: CfgNode, features: str = "MODEL.CODETR.IN_FEATURES") -> None:
+        """Check ``MODEL.SWIN``, and that the features exist which the option ``features`` names."""
+        options = cfg.MODEL.SWIN
+        one_of(cfg, features, [f"p{i}" for i in range(len(options.DEPTHS))])
+        positive(cfg, "MODEL.SWIN.EMBED_DIM", "MODEL.SWIN.WINDOW_SIZE")
+        share(cfg, "MODEL.SWIN.DROP_PATH_RATE")
+        if len(options.DEPTHS) != len(options.NUM_HEADS):
+            raise InputError(
+                f"MODEL.SWIN.NUM_HEADS is {options.NUM_HEADS}; it must have an entry for each of MODEL.SWIN.DEPTHS "
+                f"({options.DEPTHS})"
+            )
+        if not all(isinstance(x, int) and x > 0 for x in (*options.DEPTHS, *options.NUM_HEADS)):
+            raise InputError("MODEL.SWIN.DEPTHS and MODEL.SWIN.NUM_HEADS must have only whole numbers greater than 0")
+        for i, heads in enumerate(options.NUM_HEADS):
+            what = f"entry {i} of MODEL.SWIN.NUM_HEADS"
+            divisible(f"MODEL.SWIN.EMBED_DIM times {2**i}", options.EMBED_DIM * 2**i, heads, what)
 
     def __init__(
         self,
@@ -44,12 +70,6 @@ class SwinBackbone(SwinTransformer):
         activation_checkpointing: bool = False,
     ):
         names = [f"p{i}" for i in range(len(depths))]
-        missing = [name for name in out_features if name not in names]
-        if missing:
-            raise InputError(
-                f"MODEL.CODETR.IN_FEATURES (MODEL.FPN.IN_FEATURES under an FPN): Swin has no {missing}; it has "
-                f"{', '.join(names)}."
-            )
         num_stages = 1 + max(names.index(name) for name in out_features)
         super().__init__(
             embed_dim=embed_dim,
@@ -71,11 +91,16 @@ class SwinBackbone(SwinTransformer):
         return 0
 
 
-def swin_from_config(cfg: CfgNode, out_features: Sequence[str]) -> SwinBackbone:
-    """``MODEL.SWIN`` -> backbone with the given features."""
+def swin_from_config(cfg: CfgNode, features: str = "MODEL.CODETR.IN_FEATURES") -> SwinBackbone:
+    """``MODEL.SWIN`` -> backbone with the features that the option ``features`` names.
+
+    Raises:
+        InputError: the options are faulty.
+    """
+    SwinBackbone.check_options(cfg, features)
     options = cfg.MODEL.SWIN
     return SwinBackbone(
-        out_features,
+        option(cfg, features),
         embed_dim=options.EMBED_DIM,
         depths=options.DEPTHS,
         num_heads=options.NUM_HEADS,
@@ -86,6 +111,7 @@ def swin_from_config(cfg: CfgNode, out_features: Sequence[str]) -> SwinBackbone:
 
 
 @BACKBONE_REGISTRY.register()
+@stating(check_options=SwinBackbone.check_options, PUBLISHED_NAMES=SwinBackbone.PUBLISHED_NAMES)
 def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SwinBackbone:
     """``MODEL.SWIN`` -> backbone with the features that ``MODEL.CODETR.IN_FEATURES`` names."""
-    return swin_from_config(cfg, cfg.MODEL.CODETR.IN_FEATURES)
+    return swin_from_config(cfg)

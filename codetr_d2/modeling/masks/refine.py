@@ -12,6 +12,8 @@ from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
 
 from ...distributed import reduce_mean
+from ...option_checks import positive
+from ..facts import ClassRows
 from ..pyramid import FeaturePyramid
 
 __all__ = ["RefineMaskHead", "boundary", "refine_at_boundary"]
@@ -118,6 +120,17 @@ class RefineMaskHead(nn.Module):
         loss_weight: of the masks' losses.
         iou_loss_weight: of the loss of the predicted IoU.
     """
+
+    PUBLISHED_NAMES = [("mask_iou_head.{rest}", "iou_head.{rest}"), ("mask_head.{rest}", "{rest}")]
+
+    @classmethod
+    def check_options(cls, cfg: CfgNode) -> None:
+        positive(cfg, "MODEL.REFINE_MASK_HEAD.POSITIVES_PER_IMAGE")
+
+    def class_rows(self) -> dict[str, ClassRows]:
+        return {
+            name: ClassRows() for name in (*(f"stage_instance_logits.{i}" for i in range(3)), "iou_head.fc_mask_iou")
+        }
 
     @configurable
     def __init__(

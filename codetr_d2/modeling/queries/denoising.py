@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from ...layers import inverse_sigmoid
+from ..facts import ClassRows
 from ..structures import QueryGroup, Targets
 
 __all__ = ["ContrastiveDenoising", "DenoisingNoise"]
@@ -57,6 +58,9 @@ class ContrastiveDenoising(nn.Module):
         box_noise: how far the corners of positives move at most, in halves of the box's side; negatives move farther,
             up to twice that.
     """
+
+    def class_rows(self) -> dict[str, ClassRows]:
+        return {"label_embed": ClassRows()}
 
     def __init__(self, embed_dim: int, num_classes: int, num_queries: int, label_noise: float, box_noise: float):
         super().__init__()

@@ -85,6 +85,13 @@ class PositiveQueries(nn.Module):
         content_only: see above.
     """
 
+    PUBLISHED_NAMES = [
+        ("query_head.transformer.aux_pos_trans.{head}.{rest}", "box_proj.{rest}"),
+        ("query_head.transformer.aux_pos_trans_norm.{head}.{rest}", "box_norm.{rest}"),
+        ("query_head.transformer.pos_feats_trans.{head}.{rest}", "feature_proj.{rest}"),
+        ("query_head.transformer.pos_feats_norm.{head}.{rest}", "feature_norm.{rest}"),
+    ]
+
     def __init__(
         self,
         embed_dim: int,

@@ -21,6 +21,13 @@ class TwoStageProposals(nn.Module):
         num_classes: number of class logits.
     """
 
+    PUBLISHED_NAMES = [
+        ("query_head.transformer.enc_output.{rest}", "proj.{rest}"),
+        ("query_head.transformer.enc_output_norm.{rest}", "norm.{rest}"),
+        ("query_head.cls_branches.{last}.{rest}", "class_embed.{rest}"),
+        ("query_head.reg_branches.{last}.{m}.{rest}", "box_embed.{m}.{rest}"),
+    ]
+
     def __init__(self, embed_dim: int, num_classes: int):
         super().__init__()
         self.proj = nn.Linear(embed_dim, embed_dim)

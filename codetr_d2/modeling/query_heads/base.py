@@ -43,6 +43,8 @@ class QueryHead(nn.Module):
         positive_weight: weight of the losses of the positive queries (lambda_1 in eq. 6).
     """
 
+    OPTIONAL_PARTS = {"positive_queries.*": "queries of an auxiliary head that MODEL.CODETR.AUX_HEADS does not list"}
+
     def __init__(
         self,
         *,

@@ -6,6 +6,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ...layers import SinePositionEncoding, sine_embedding
+from ..facts import ClassRows
 from ..queries import gather_tokens
 from ..structures import DecoderOutput, EncoderProposals, QueryGroup
 from .base import QUERY_HEAD_REGISTRY
@@ -20,6 +21,14 @@ class CoDeformableDETRHead(TwoStageQueryHead):
 
     The encoder learns objectness at every token. The position of a query is made once, from its proposal's box.
     """
+
+    PUBLISHED_NAMES = [
+        *TwoStageQueryHead.PUBLISHED_NAMES,
+        ("query_head.query_embedding.weight", "query_content.weight"),
+        ("query_head.transformer.pos_trans.{rest}", "box_proj.{rest}"),
+        ("query_head.transformer.pos_trans_norm.{rest}", "box_norm.{rest}"),
+    ]
+    TELLING_PARAMETER = "box_proj.weight"
 
     @configurable
     def __init__(self, **kwargs):
@@ -39,6 +48,10 @@ class CoDeformableDETRHead(TwoStageQueryHead):
             criterion={"encoder_objectness": True},
             content_only=False,
         )
+
+    def class_rows(self) -> dict[str, ClassRows]:
+        # The first row learns whether there is any object, which no choice of classes changes.
+        return {"proposals.class_embed": ClassRows(are_classes=False)}
 
     def proposal_scores(self, proposals: EncoderProposals) -> Tensor:
         """See the base class: the logits of class 0, which the encoder learns as objectness."""

@@ -1,9 +1,12 @@
 """The query head of Co-DINO."""
 
+import math
+
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from ...layers import SinePositionEncoding
+from ...option_checks import within
 from ..queries import ContrastiveDenoising, gather_tokens
 from ..structures import DecoderOutput, EncoderProposals, QueryGroup, Targets
 from .base import QUERY_HEAD_REGISTRY
@@ -21,6 +24,25 @@ class CoDINOHead(TwoStageQueryHead):
 
     Source: DINO (Zhang et al., ICLR 2023), as Co-DETR was published with it.
     """
+
+    PUBLISHED_NAMES = [
+        *TwoStageQueryHead.PUBLISHED_NAMES,
+        ("query_head.transformer.query_embed.weight", "query_content.weight"),
+        ("query_head.transformer.decoder.ref_point_head.{n}.{rest}", "decoder.position_head.{n}.{rest}"),
+        ("query_head.transformer.decoder.norm.{rest}", "decoder.norm.{rest}"),
+        ("query_head.label_embedding.weight", "denoising.label_embed.weight"),
+    ]
+    OPTIONAL_PARTS = {
+        **TwoStageQueryHead.OPTIONAL_PARTS,
+        "denoising": "for denoising; MODEL.CODETR.DENOISING.NUM_QUERIES is 0",
+    }
+    TELLING_PARAMETER = "decoder.norm.weight"
+
+    @classmethod
+    def check_options(cls, cfg: CfgNode) -> None:
+        super().check_options(cfg)
+        within(cfg, 0, math.inf, *(f"MODEL.CODETR.DENOISING.{x}" for x in ("NUM_QUERIES", "BOX_NOISE")))
+        within(cfg, 0, 1, "MODEL.CODETR.DENOISING.LABEL_NOISE")
 
     @configurable
     def __init__(self, *, denoising: ContrastiveDenoising | None = None, **kwargs):

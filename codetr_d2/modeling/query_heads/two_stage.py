@@ -1,13 +1,17 @@
 """What two-stage deformable query heads have in common: the encoder, proposals at its tokens, mixed selection."""
 
+import math
+
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from ...layers import SinePositionEncoding
+from ...option_checks import divisible, one_of, option, positive, within
 from ..assigners.hungarian import HungarianMatcher
 from ..auxiliary import auxiliary_head_names
 from ..criterion import SetCriterion
+from ..facts import ClassRows, under
 from ..pyramid import FeaturePyramid
 from ..queries import PositiveQueries, TwoStageProposals
 from ..structures import DecoderOutput, EncoderProposals, QueryGroup
@@ -28,6 +32,47 @@ class TwoStageQueryHead(QueryHead):
         num_queries: number of matching queries.
         kwargs: those of :class:`QueryHead`; ``proposals`` predict class and box at every token of the encoder.
     """
+
+    PUBLISHED_NAMES = [
+        *under("encoder", DeformableEncoder.PUBLISHED_NAMES),
+        *under("proposals", TwoStageProposals.PUBLISHED_NAMES),  # before the decoder's, which fit any branch
+        *under("decoder", DeformableDecoder.PUBLISHED_NAMES),
+        *under("positive_queries.{head}", PositiveQueries.PUBLISHED_NAMES),
+    ]
+    OPTIONS_OF_SHAPES = {
+        "query_content": "MODEL.CODETR.NUM_QUERIES",
+        "encoder.level_embed": "MODEL.CODETR.NUM_FEATURE_LEVELS",
+        **{
+            f"{part}.layers.*.{layer}": options
+            for part in ("encoder", "decoder")
+            for layer, options in (
+                ("ffn", "MODEL.CODETR.ENCODER.FFN_DIM and DECODER.FFN_DIM"),
+                ("*.sampling_offsets", "MODEL.CODETR.NUM_FEATURE_LEVELS and the NUM_HEADS and NUM_POINTS"),
+                ("*.attention_weights", "MODEL.CODETR.NUM_FEATURE_LEVELS and the NUM_HEADS and NUM_POINTS"),
+            )
+        },
+    }
+    OPTIONS_OF_NAMES = {
+        "encoder.layers": "MODEL.CODETR.ENCODER.NUM_LAYERS",
+        **{f"decoder.{x}": "MODEL.CODETR.DECODER.NUM_LAYERS" for x in ("layers", "class_embed", "box_embed")},
+    }
+
+    @classmethod
+    def check_options(cls, cfg: CfgNode) -> None:
+        dim = cfg.MODEL.CODETR.EMBED_DIM
+        positive(cfg, "MODEL.CODETR.NUM_QUERIES", "MODEL.CODETR.EMBED_DIM")
+        for part in ("MODEL.CODETR.ENCODER", "MODEL.CODETR.DECODER"):
+            positive(cfg, *(f"{part}.{x}" for x in ("NUM_LAYERS", "NUM_HEADS", "NUM_POINTS", "FFN_DIM")))
+            divisible("MODEL.CODETR.EMBED_DIM", dim, option(cfg, f"{part}.NUM_HEADS"), f"{part}.NUM_HEADS")
+            within(cfg, 0, 1, f"{part}.DROPOUT")
+        divisible("MODEL.CODETR.EMBED_DIM", dim, 4, "the sine and cosine of two coordinates")
+        one_of(cfg, "MODEL.CODETR.POSITIVE_QUERIES.PADDING", ["negatives", "mask"])
+        positive(cfg, *(f"MODEL.CODETR.POSITIVE_QUERIES.{x}" for x in ("MAX_PER_HEAD", "MIN_PER_HEAD")))
+        within(cfg, 0, math.inf, "MODEL.CODETR.LAMBDA1")
+        within(cfg, 0, 1, "MODEL.CODETR.SOFT_NMS_THRESH")
+
+    def class_rows(self) -> dict[str, ClassRows]:
+        return {"proposals.class_embed": ClassRows()}
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from ...layers import (
     inverse_sigmoid,
     sine_embedding,
 )
+from ..facts import ClassRows
 from ..pyramid import FeaturePyramid
 from ..structures import DecoderOutput, QueryGroup
 from .encoder import FeedForward
@@ -81,6 +82,19 @@ class DeformableDecoder(nn.Module):
         activation_checkpointing: recompute the layers in the backward pass to save memory.
         backend: what computes deformable attention, see :func:`codetr_d2.ops.check_backend`.
     """
+
+    PUBLISHED_NAMES = [
+        ("query_head.transformer.decoder.layers.{n}.attentions.0.attn.{rest}", "layers.{n}.self_attn.{rest}"),
+        ("query_head.transformer.decoder.layers.{n}.attentions.1.{rest}", "layers.{n}.cross_attn.{rest}"),
+        ("query_head.transformer.decoder.layers.{n}.ffns.0.layers.0.0.{rest}", "layers.{n}.ffn.linear1.{rest}"),
+        ("query_head.transformer.decoder.layers.{n}.ffns.0.layers.1.{rest}", "layers.{n}.ffn.linear2.{rest}"),
+        ("query_head.transformer.decoder.layers.{n}.norms.{norm}.{rest}", "layers.{n}.norm{norm}.{rest}"),
+        ("query_head.cls_branches.{n}.{rest}", "class_embed.{n}.{rest}"),
+        ("query_head.reg_branches.{n}.{m}.{rest}", "box_embed.{n}.{m}.{rest}"),
+    ]
+
+    def class_rows(self) -> dict[str, ClassRows]:
+        return {f"class_embed.{i}": ClassRows() for i in range(len(self.class_embed))}
 
     def __init__(
         self,

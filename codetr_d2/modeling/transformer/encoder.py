@@ -83,6 +83,14 @@ class DeformableEncoder(nn.Module):
         backend: what computes deformable attention, see :func:`codetr_d2.ops.check_backend`.
     """
 
+    PUBLISHED_NAMES = [
+        ("query_head.transformer.level_embeds", "level_embed"),
+        ("query_head.transformer.encoder.layers.{n}.attentions.0.{rest}", "layers.{n}.self_attn.{rest}"),
+        ("query_head.transformer.encoder.layers.{n}.ffns.0.layers.0.0.{rest}", "layers.{n}.ffn.linear1.{rest}"),
+        ("query_head.transformer.encoder.layers.{n}.ffns.0.layers.1.{rest}", "layers.{n}.ffn.linear2.{rest}"),
+        ("query_head.transformer.encoder.layers.{n}.norms.{norm}.{rest}", "layers.{n}.norm{norm}.{rest}"),
+    ]
+
     def __init__(
         self,
         *,

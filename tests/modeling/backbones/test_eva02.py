@@ -206,11 +206,12 @@ def test_the_config_gives_the_published_model():
     cfg.MODEL.EVA02.IMAGE_SIZE = 1536
     with torch.device("meta"):
         assert build_backbone(cfg).padding_constraints["square_size"] == 1536
+    cfg.MODEL.CODETR.IN_FEATURES = ["res3"]
+    with pytest.raises(InputError, match=r"MODEL\.CODETR\.IN_FEATURES is 'res3'; it may be: p2, p3"):
+        build_backbone(cfg)
 
 
 def test_only_the_levels_asked_for_are_built():
     pyramid = Eva02Pyramid(tiny(patch_size=16, pretrain_image_size=64), 8, ["p5", "p3"])
     assert {name for name, _ in pyramid.named_children()} == {"net", "p3", "p5"}
     assert {name: x.shape[2:] for name, x in pyramid(torch.randn(1, 3, 64, 32)).items()} == {"p3": (8, 4), "p5": (2, 1)}
-    with pytest.raises(InputError, match=r"MODEL\.CODETR\.IN_FEATURES: EVA-02 has no \['res3'\]; it has p2, p3"):
-        Eva02Pyramid(tiny(), 8, ["res3"])

@@ -88,7 +88,10 @@ def test_mask_rcnn_trains_every_parameter_and_detects(backbone, features, option
 
 @pytest.mark.parametrize(
     ("backbone", "message"),
-    [("build_swin_fpn_backbone", "Swin has no.*p0, p1, p2, p3"), ("build_timm_fpn_backbone", "lite0 has no.*stride32")],
+    [
+        ("build_swin_fpn_backbone", "'res2'; it may be: p0, p1, p2, p3"),
+        ("build_timm_fpn_backbone", "lite0 has no.*stride32"),
+    ],
 )
 def test_features_that_do_not_exist(backbone, message):
     cfg = mask_rcnn_config(backbone, PYRAMID, {"MODEL.FPN.IN_FEATURES": ["res2"]})

@@ -1,0 +1,210 @@
+"""What is checked of a config before any long work starts.
+
+Here stands what concerns no component of the model; components check their own options, see
+:mod:`codetr_d2.modeling.facts`.
+"""
+
+import math
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_HEADS_REGISTRY,
+)
+
+from ..data.datasets import register_datasets
+from ..data.loader import TRAIN_SAMPLERS
+from ..errors import InputError
+from ..modeling.facts import check_options
+from ..option_checks import divisible, one_of, option, positive, within
+from .config_file import resolve_device
+
+__all__ = ["check_config"]
+
+# Options that name a component, and where it is registered; CoDETR looks after those of its own heads.
+_REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+}
+
+
+def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eval_only: bool = False) -> None:
+    """Check the values of options against each other and against what there is.
+
+    Args:
+        cfg: the config.
+        num_processes: in all, over all machines.
+        resume: the run will go on from its checkpoint, if there is one.
+        eval_only: nothing is trained, so that the options of the training don't matter.
+
+    Raises:
+        InputError: naming the option and what it may be.
+    """
+    solver = cfg.SOLVER
+    for key, registry in _REGISTRIES.items():
+        one_of(cfg, key, [name for name, _ in registry])
+    for key, registry in _REGISTRIES.items():
+        check_options(registry.get(option(cfg, key)), cfg)
+    backbone = cfg.MODEL.BACKBONE.NAME
+    if backbone.endswith("_fpn_backbone") and not cfg.MODEL.FPN.IN_FEATURES:
+        raise InputError(f"MODEL.FPN.IN_FEATURES is empty; {backbone} needs the names of the features below its FPN")
+    one_of(cfg, "INPUT.FORMAT", ["RGB", "BGR", "L", "YUV-BT.601"])
+    within(cfg, 0, math.inf, "INPUT.MIN_SIZE_TEST")  # 0: images keep their size
+    positive(cfg, "INPUT.MAX_SIZE_TEST")
+    if cfg.INPUT.MIN_SIZE_TEST > 0:
+        _check_canvas(cfg, "INPUT.MAX_SIZE_TEST")
+    if cfg.MODEL.MASK_ON or not eval_only:
+        one_of(cfg, "INPUT.MASK_FORMAT", ["polygon", "bitmask"])
+    if cfg.DATALOADER.NUM_WORKERS < 0:
+        raise InputError(f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}; it must be 0 (no workers) or more")
+    positive(cfg, "TEST.DETECTIONS_PER_IMAGE")
+    if solver.AMP.ENABLED:
+        one_of(cfg, "SOLVER.AMP.DTYPE", ["bfloat16"] if resolve_device(cfg) == "cpu" else ["bfloat16", "float16"])
+
+    _check_datasets(cfg, eval_only)
+
+    weights = cfg.MODEL.WEIGHTS.split("?")[0]  # detectron2 reads options after a question mark
+    resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if weights and "://" not in weights and not resumes and not os.path.isfile(weights):
+        raise InputError(
+            f"MODEL.WEIGHTS: there is no file {weights}; put it there, name another file, or start from random weights "
+            "with MODEL.WEIGHTS ''"
+        )
+    if eval_only:
+        if not weights and not resumes:
+            where = f"; there is no checkpoint in OUTPUT_DIR ({cfg.OUTPUT_DIR})" if resume else ", or --resume"
+            raise InputError(f"--eval-only needs the weights to evaluate: MODEL.WEIGHTS path/to/model_final.pth{where}")
+        return
+
+    positive(cfg, "SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.ACCUMULATE_STEPS")
+    positive(cfg, "SOLVER.BASE_LR")
+    if not 0 < solver.LAYER_DECAY <= 1:
+        raise InputError(f"SOLVER.LAYER_DECAY is {solver.LAYER_DECAY}; it must be greater than 0 and at most 1")
+    if solver.LAYER_DECAY < 1 and cfg.MODEL.BACKBONE.NAME != "build_eva02_pyramid_backbone":
+        raise InputError(
+            f"SOLVER.LAYER_DECAY is {solver.LAYER_DECAY}, but MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} has no ViT "
+            "blocks; set 1.0, or take build_eva02_pyramid_backbone"
+        )
+    share = num_processes * solver.ACCUMULATE_STEPS
+    divisible(
+        "SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, share, "the number of processes times SOLVER.ACCUMULATE_STEPS"
+    )
+    one_of(cfg, "SOLVER.LR_SCHEDULER_NAME", ["WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"])
+    one_of(cfg, "SOLVER.WARMUP_METHOD", ["linear", "constant"])
+    one_of(cfg, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ["full_model", "norm", "value"])
+    one_of(cfg, "DATALOADER.SAMPLER_TRAIN", TRAIN_SAMPLERS)
+    one_of(cfg, "INPUT.RANDOM_FLIP", ["none", "horizontal", "vertical"])
+    _check_train_sizes(cfg)
+    one_of(cfg, "INPUT.CROP.TYPE", ["relative_range", "relative", "absolute", "absolute_range"])
+    _check_crop(cfg)
+    _check_jitter(cfg)
+    if solver.EMA.ENABLED and not 0 < solver.EMA.DECAY < 1:
+        raise InputError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}; it must lie between 0 and 1")
+    for entry in solver.LR_MULTIPLIERS:
+        if not (
+            isinstance(entry, (list, tuple))
+            and len(entry) == 2
+            and isinstance(entry[0], str)
+            and isinstance(entry[1], (int, float))
+        ):
+            raise InputError(
+                f"SOLVER.LR_MULTIPLIERS has the entry {entry!r}; an entry is [part of a name, factor], "
+                "like ['backbone', 0.1]"
+            )
+    for key in ("SOLVER.STEPS", "SOLVER.STEPS_EPOCHS"):
+        steps = option(cfg, key)
+        if any(a >= b for a, b in zip(steps, steps[1:])):
+            raise InputError(f"{key} is {steps}; it must rise from entry to entry")
+    if solver.MAX_EPOCHS <= 0 and solver.MAX_ITER in solver.STEPS:
+        raise InputError(f"SOLVER.STEPS is {solver.STEPS}; its entries must not be SOLVER.MAX_ITER ({solver.MAX_ITER})")
+
+
+def _check_canvas(cfg: CfgNode, key: str) -> None:
+    """Images that are resized to the longest side that ``key`` allows fit on the canvas, if there is one."""
+    canvas = cfg.MODEL.CODETR.CANVAS_SIZE
+    if cfg.MODEL.META_ARCHITECTURE == "CoDETR" and 0 < canvas < option(cfg, key):
+        raise InputError(
+            f"{key} is {option(cfg, key)}; images must fit on the square of MODEL.CODETR.CANVAS_SIZE ({canvas}): set "
+            "it to that"
+        )
+
+
+def _check_train_sizes(cfg: CfgNode) -> None:
+    """Check the resizing of the training, by the checks of :func:`check_config`."""
+    sizes, sampling = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    if not (sizes and all(isinstance(x, int) and x >= 0 for x in sizes)):
+        raise InputError(
+            f"INPUT.MIN_SIZE_TRAIN is {sizes}; it must be a list of whole numbers of pixels, like [480, 512]"
+        )
+    positive(cfg, "INPUT.MAX_SIZE_TRAIN")
+    one_of(cfg, "INPUT.MIN_SIZE_TRAIN_SAMPLING", ["choice", "range"])
+    if sampling == "range" and len(sizes) != 2:
+        raise InputError(
+            f"INPUT.MIN_SIZE_TRAIN is {sizes}; with INPUT.MIN_SIZE_TRAIN_SAMPLING range it must be the least and the "
+            "largest size"
+        )
+    if max(sizes) > 0 and not cfg.INPUT.LARGE_SCALE_JITTER.ENABLED:
+        _check_canvas(cfg, "INPUT.MAX_SIZE_TRAIN")
+
+
+def _check_crop(cfg: CfgNode) -> None:
+    kind, size = cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE
+    if not cfg.INPUT.CROP.ENABLED:
+        return
+    if kind.startswith("relative"):
+        is_valid, needed = all(0 < x <= 1 for x in size), "shares of height and width, greater than 0 and at most 1"
+    elif kind == "absolute":
+        is_valid, needed = all(isinstance(x, int) and x > 0 for x in size), "a height and a width in whole pixels"
+    else:
+        is_valid = all(isinstance(x, int) and x > 0 for x in size) and size[0] <= size[-1]
+        needed = "the least and the largest side in whole pixels"
+    if len(size) != 2 or not is_valid:
+        raise InputError(f"INPUT.CROP.SIZE is {size}; with INPUT.CROP.TYPE {kind} it must be two numbers: {needed}")
+
+
+def _check_jitter(cfg: CfgNode) -> None:
+    jitter, copy_paste = cfg.INPUT.LARGE_SCALE_JITTER, cfg.INPUT.COPY_PASTE
+    if jitter.ENABLED:
+        if not 0 < jitter.MIN_SCALE <= jitter.MAX_SCALE:
+            raise InputError(
+                f"INPUT.LARGE_SCALE_JITTER.MIN_SCALE is {jitter.MIN_SCALE} and MAX_SCALE is {jitter.MAX_SCALE}; they "
+                "must be greater than 0, and MIN_SCALE at most MAX_SCALE"
+            )
+        if cfg.MODEL.CODETR.CANVAS_SIZE <= 0:
+            raise InputError(
+                "INPUT.LARGE_SCALE_JITTER.ENABLED needs the side of its square: set MODEL.CODETR.CANVAS_SIZE, to 1024 "
+                "for instance"
+            )
+        if cfg.INPUT.CROP.ENABLED:
+            raise InputError("INPUT.CROP.ENABLED and INPUT.LARGE_SCALE_JITTER.ENABLED exclude each other; choose one")
+    if copy_paste.ENABLED:
+        if not jitter.ENABLED:
+            raise InputError(
+                "INPUT.COPY_PASTE.ENABLED needs images of one size: set INPUT.LARGE_SCALE_JITTER.ENABLED True"
+            )
+        if copy_paste.MAX_NUM_PASTED < 1:
+            raise InputError(f"INPUT.COPY_PASTE.MAX_NUM_PASTED is {copy_paste.MAX_NUM_PASTED}; it must be 1 or more")
+
+
+def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
+    """Register the datasets of the config, and see that the ones it uses are known."""
+    register_datasets(cfg)
+    needed = "DATASETS.TEST" if eval_only else "DATASETS.TRAIN"
+    if not option(cfg, needed):
+        raise InputError(f"{needed} is empty; name a dataset there, one of DATASETS.COCO_JSON or of detectron2's own")
+    described = ", ".join(name for name, _, _ in cfg.DATASETS.COCO_JSON) or "none"
+    for key in dict.fromkeys((needed, "DATASETS.TEST")):
+        for name in option(cfg, key):
+            if name not in DatasetCatalog:
+                raise InputError(
+                    f"{key} has {name!r}, which is not registered. DATASETS.COCO_JSON describes {described}: add the "
+                    "[name, image folder, annotation json] of yours, or take one of detectron2's, like coco_2017_train"
+                )
