@@ -15,6 +15,7 @@ from codetr_d2.engine import evaluate
 from codetr_d2.engine.hooks import drop_metrics_from
 from codetr_d2.engine.trainer import CoDETRTrainer, StepTrainer
 from codetr_d2.errors import InputError
+from codetr_d2.modeling.facts import ClassRows
 
 FULL_CLIPPING = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model")
 
@@ -345,12 +346,12 @@ def test_training_starts_from_the_average_of_another_run(run_training, make_conf
 
 def test_weights_of_other_classes_start_a_training_and_no_evaluation(make_config, tmp_path, monkeypatch):
     def classifier(num_classes):
-        """The names of a Co-DETR's classifier."""
-        layers = nn.ModuleList([nn.Linear(2, num_classes)])
-        return nn.ModuleDict({"query_head": nn.ModuleDict({"decoder": nn.ModuleDict({"class_embed": layers})})})
+        model = nn.ModuleDict({"class_embed": nn.Linear(2, num_classes)})
+        model.class_rows = lambda: {"class_embed": ClassRows()}
+        return model
 
     def bias(model):
-        return model["query_head"]["decoder"]["class_embed"][0].bias
+        return model["class_embed"].bias
 
     weights, path = classifier(2), tmp_path / "weights.pth"
     torch.save(weights.state_dict(), path)
