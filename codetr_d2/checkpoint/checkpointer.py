@@ -1,7 +1,9 @@
 """Checkpoints: written whole or not at all, read without running anything that a file might hold."""
 
+import contextlib
 import os
 import secrets
+import socket
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
@@ -39,7 +41,9 @@ def atomic_write(path: str, write: Callable[[IO[bytes]], Any]) -> None:
     """
     folder = os.path.dirname(path) or "."
     # A name of its own, as other processes may write into the same folder.
-    temporary = os.path.join(folder, f".unfinished_{os.getpid()}_{secrets.token_hex(4)}")
+    prefix = f".unfinished_{socket.gethostname()}_"
+    temporary = os.path.join(folder, f"{prefix}{os.getpid()}_{secrets.token_hex(4)}")
+    _remove_abandoned(folder, prefix)
     try:
         with open(temporary, "xb") as file:
             write(file)
@@ -55,6 +59,20 @@ def atomic_write(path: str, write: Callable[[IO[bytes]], Any]) -> None:
         os.fsync(descriptor)  # the new name itself
     finally:
         os.close(descriptor)
+
+
+def _remove_abandoned(folder: str, prefix: str) -> None:
+    """Remove the unfinished files of processes of this machine that were killed."""
+    for name in os.listdir(folder):
+        pid = name.removeprefix(prefix).split("_")[0]
+        if name.startswith(prefix) and pid.isdecimal():
+            try:
+                os.kill(int(pid), 0)  # only asks whether there is such a process
+            except ProcessLookupError:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(folder, name))
+            except PermissionError:
+                pass  # there is one, of somebody else
 
 
 class CoDETRCheckpointer(DetectionCheckpointer):

@@ -190,7 +190,7 @@ def _rows(state_dict: dict[str, Tensor], to_published: bool) -> list[tuple[re.Pa
     """What the registered components say, from published to our names or back.
 
     A file has one backbone and one query head, which may use the same name for other things: those count whose names
-    fit the most of the file.
+    fit the most of the file, and of equal ones the one with the fewest, which lacks the least.
     """
 
     def compiled(names: PublishedNames) -> list[tuple[re.Pattern, str]]:
@@ -198,7 +198,11 @@ def _rows(state_dict: dict[str, Tensor], to_published: bool) -> list[tuple[re.Pa
 
     def best(prefix: str, registry: Registry) -> list[tuple[re.Pattern, str]]:
         candidates = [compiled(under(prefix, getattr(component, "PUBLISHED_NAMES", ()))) for _, component in registry]
-        return max(candidates, key=lambda rows: sum(any(row.fullmatch(x) for row, _ in rows) for x in state_dict))
+
+        def fit(rows: list[tuple[re.Pattern, str]]) -> tuple[int, int]:
+            return sum(any(row.fullmatch(x) for row, _ in rows) for x in state_dict), -len(rows)
+
+        return max(candidates, key=fit)
 
     rows = [*best("backbone", BACKBONE_REGISTRY), *best("query_head", QUERY_HEAD_REGISTRY)]
     rows += [row for names in _names_of_auxiliary_heads().values() for row in compiled(names)]
