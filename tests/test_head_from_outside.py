@@ -135,6 +135,9 @@ def test_it_trains_resumes_and_is_evaluated(make_config, tmp_path):
     weights = tmp_path / "run" / "model_final.pth"
     again = evaluate(setup(make_config("MODEL.WEIGHTS", weights), eval_only=True))
     assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+    model = trainer.bare_model.eval()
+    [found] = model([{"image": torch.rand(3, 64, 96) * 255}])
+    assert 0 < len(found["instances"]) <= 5  # as many as this head finds
 
 
 def test_its_classifier_takes_other_classes(make_config, tmp_path):
