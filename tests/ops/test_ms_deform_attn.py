@@ -272,11 +272,36 @@ def test_sizes_that_do_not_fit(index, change, message):
         OP(*inputs, "cpp")
 
 
-@BOTH_CALLS
-def test_eager_refuses_other_sizes(call):
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, lambda x: x[0], r"value must be \[B, S, heads, D\]"),
+        (0, lambda x: x[:, :-1], r"spatial_shapes \[4, 5, 2, 3\] hold 26 tokens, value has 25"),
+        (0, lambda x: torch.cat([x, x], 1), r"hold 26 tokens, value has 52"),
+        (1, lambda x: [-size for size in x], r"spatial_shapes \[-4, -5, -2, -3\]"),
+        (1, lambda x: [*x, 7], r"spatial_shapes \[4, 5, 2, 3, 7\]"),
+        (1, lambda x: [26, 1], r"sampling_locations must be floating point \[2, 7, 3, 1, 4, 2\]"),
+        (1, lambda x: [*x, 0, 0], r"sampling_locations must be floating point \[2, 7, 3, 3, 4, 2\]"),
+        (2, lambda x: x[0], r"sampling_locations must be floating point \[2, Q, 3, 2, P, 2\]"),
+        (2, lambda x: x.long(), r"sampling_locations must be floating point .* got torch.int64"),
+        (3, lambda x: x[:, :1], r"attention_weights must be floating point \[2, 7, 3, 2, 4\]"),
+    ],
+)
+def test_eager_refuses_what_the_others_refuse(index, change, message):
+    """Nothing is left out or broadcast in silence. The gradients are refused too."""
+    inputs = list(make_inputs([(4, 5), (2, 3)]))
+    inputs[index] = change(inputs[index])
+    with pytest.raises(RuntimeError, match=message):
+        OP(*inputs, "eager")
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.codetr_d2.ms_deform_attn_backward(torch.ones(2, 7, 24), *inputs, "eager")
+
+
+def test_function_refuses_sizes_that_do_not_add_up():
     value, *others = make_inputs([(4, 5), (2, 3)])
-    with pytest.raises(RuntimeError, match="spatial_shapes hold 26 tokens, value has 25"):
-        call(value[:, :-1], *others, "eager")
+    for backend in ("auto", "eager"):
+        with pytest.raises(RuntimeError, match="tokens"):
+            call_function(value[:, :-1], *others, backend)
 
 
 def test_half_precision_takes_eager_on_the_cpu():

@@ -138,11 +138,12 @@ def test_locations_that_sample_nothing(interpreted):
 
 
 def test_compiler_autocast_and_refusals(tmp_path):
-    """The operator is one node of compiled graphs; opcheck; autocast; what does not fit is refused, before a launch."""
+    """The operator is one node of compiled graphs; opcheck; training after inference mode; autocast; refusals."""
     script = """
 import warnings
 import torch
 from codetr_d2.ops import ms_deform_attn_eager
+from codetr_d2.ops.ms_deform_attn import triton_kernels
 from codetr_d2.ops.ms_deform_attn.triton_kernels import ms_deform_attn_triton, ms_deform_attn_triton_backward
 inputs = torch.load("inputs.pt", weights_only=True)
 value, shapes, locations, weights = inputs
@@ -159,6 +160,13 @@ torch.testing.assert_close(compiled(*inputs), 2 * ms_deform_attn_eager(*inputs))
 assert sum("codetr_d2.ms_deform_attn" in x for x in nodes) == 1, nodes
 leaves = [x.clone().requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs]
 torch.library.opcheck(torch.ops.codetr_d2.ms_deform_attn, [*leaves, "triton"])
+
+triton_kernels._level_table.cache_clear()
+with torch.inference_mode():
+    ms_deform_attn(*inputs)
+assert triton_kernels._level_table.cache_info().currsize == 1
+ms_deform_attn(*leaves).sum().backward()  # meets the table that was made in inference mode
+assert triton_kernels._level_table.cache_info().misses == 1 and leaves[0].grad.abs().sum() > 0
 
 with torch.autocast("cpu", torch.bfloat16):
     linear = torch.nn.Linear(value.shape[3], value.shape[3])
@@ -179,7 +187,7 @@ def refused(message, call, *args):
 for index, change, message in [
     (0, lambda x: x[0], "value must be [B, S, heads, D]"),
     (0, lambda x: x.double(), "value must be float32, float16 or bfloat16"),
-    (1, lambda x: x[:2], "spatial_shapes [(4, 6)] hold 24 tokens, value has 30"),
+    (1, lambda x: x[:2], "spatial_shapes [4, 6] hold 24 tokens, value has 30"),
     (1, lambda x: [4, 6, 3], "spatial_shapes"),
     (1, lambda x: [-4, -6, 3, 2], "spatial_shapes"),
     (1, lambda x: [4, 6, 3, 1, 3, 1], "sampling_locations must be floating point [1, 7, 1, 3, 2, 2]"),

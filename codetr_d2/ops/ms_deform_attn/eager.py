@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_inputs
+
 __all__ = ["ms_deform_attn_eager", "ms_deform_attn_eager_backward"]
 
 
@@ -16,15 +18,13 @@ def _prepare(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, we
         Grids [B*H, Q, L, P, 2] in -1..1, weights [B*H, Q, L, P], and (level, first token, map [B*H, D, height, width])
         of each level that is sampled at all: ``grid_sample`` refuses empty maps and grids.
     """
+    check_inputs(value, spatial_shapes, locations, weights)
     dtype = torch.promote_types(value.dtype, torch.float32)
     # A location that is not a number samples nothing, like one outside; the bounds lie outside a map of any size.
     grids = 2 * locations.to(dtype).nan_to_num(nan=-2.0).clamp(-2.0, 3.0) - 1
     grids = grids.transpose(1, 2).flatten(0, 1)  # [B, Q, H, L, P, 2] -> [B*H, Q, L, P, 2]
     weights = weights.to(dtype).transpose(1, 2).flatten(0, 1)  # [B, Q, H, L, P] -> [B*H, Q, L, P]
     shapes = list(zip(spatial_shapes[::2], spatial_shapes[1::2]))
-    tokens = sum(height * width for height, width in shapes)
-    if tokens != value.shape[1]:
-        raise RuntimeError(f"ms_deform_attn: spatial_shapes hold {tokens} tokens, value has {value.shape[1]}")
     features = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)  # [B, S, H, D] -> [B*H, D, S]
     levels = features.split([height * width for height, width in shapes], dim=2)
     first = 0
@@ -46,9 +46,9 @@ def ms_deform_attn_eager(
 
     Arguments and result are those of :func:`codetr_d2.ops.ms_deform_attn`, with ``spatial_shapes`` as a flat list.
     """
+    grids, weights, maps = _prepare(value, spatial_shapes, sampling_locations, attention_weights)
     batch, _, num_heads, head_dim = value.shape
     num_queries = sampling_locations.shape[1]
-    grids, weights, maps = _prepare(value, spatial_shapes, sampling_locations, attention_weights)
     output = weights.new_zeros(batch * num_heads, head_dim, num_queries)
     # Sums of nothing: they keep the inputs in the graph where nothing is sampled.
     output = output + value[:0].sum() + grids[:0].sum() + weights[:0].sum()
@@ -70,9 +70,9 @@ def ms_deform_attn_eager_backward(
 
     For the operator's backward pass, inside which autograd does not record.
     """
+    grids, weights, maps = _prepare(value, spatial_shapes, sampling_locations, attention_weights)
     batch, num_tokens, num_heads, head_dim = value.shape
     num_queries = sampling_locations.shape[1]
-    grids, weights, maps = _prepare(value, spatial_shapes, sampling_locations, attention_weights)
     # [B, Q, H*D] -> [B*H, D, Q, 1]
     grad_output = grad_output.to(weights.dtype).mT.reshape(batch * num_heads, head_dim, num_queries, 1)
     grad_value = weights.new_zeros(batch * num_heads, head_dim, num_tokens)

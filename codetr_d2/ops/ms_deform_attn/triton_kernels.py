@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_inputs
+
 __all__ = ["INTERPRETED", "TRITON_DTYPES", "ms_deform_attn_triton", "ms_deform_attn_triton_backward", "probe"]
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -164,28 +166,11 @@ def _backward_kernel(
             tl.store(grad_locations + 2 * point + 1, grad_y * weight * height, mask=in_query)
 
 
-def _check(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> None:
-    """Refuse sizes, dtypes and devices that don't fit each other."""
-
-    def check(fits: bool, name: str, expected: str, tensor: Tensor) -> None:
-        if not fits:
-            got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            raise RuntimeError(f"ms_deform_attn: {name} must be {expected}, got {got}")
-
-    check(value.dim() == 4, "value", "[B, S, heads, D]", value)
-    check(value.dtype in TRITON_DTYPES, "value", "float32, float16 or bfloat16 for Triton", value)
-    batch, num_tokens, heads, _ = value.shape
-    sizes = list(zip(spatial_shapes[::2], spatial_shapes[1::2]))
-    tokens = sum(height * width for height, width in sizes)
-    if len(spatial_shapes) % 2 or min(spatial_shapes, default=0) < 0 or tokens != num_tokens:
-        raise RuntimeError(f"ms_deform_attn: spatial_shapes {sizes} hold {tokens} tokens, value has {num_tokens}")
-    queries, points = (locations.shape[1], locations.shape[4]) if locations.dim() == 6 else ("Q", "P")
-    for name, tensor, expected in (
-        ("sampling_locations", locations, [batch, queries, heads, len(sizes), points, 2]),
-        ("attention_weights", weights, [batch, queries, heads, len(sizes), points]),
-    ):
-        fits = list(tensor.shape) == expected and tensor.is_floating_point() and tensor.device == value.device
-        check(fits, name, f"floating point [{', '.join(map(str, expected))}] on {value.device}", tensor)
+def _check(value: Tensor, *others: Sequence[int] | Tensor) -> None:
+    """Refuse what does not fit, and what the kernels don't know."""
+    check_inputs(value, *others)
+    if value.dtype not in TRITON_DTYPES:
+        raise RuntimeError(f"ms_deform_attn: value must be float32, float16 or bfloat16 for Triton, got {value.dtype}")
 
 
 @functools.lru_cache(maxsize=64)
@@ -219,7 +204,8 @@ def ms_deform_attn_triton(
 ) -> Tensor:
     """Multi-scale deformable attention on the GPU. Not differentiable by itself: the operator is.
 
-    Arguments and result are those of the operator, tensors in any strides. Nothing waits for the GPU.
+    Arguments and result are those of the operator, tensors in any strides. Nothing waits for the
+    GPU, but for the first call with sizes that are new to :func:`_level_table`.
 
     Raises:
         RuntimeError: sizes, dtypes or devices that don't fit each other; a value that is not of ``TRITON_DTYPES``.
