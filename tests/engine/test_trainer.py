@@ -2,11 +2,13 @@ import json
 import logging
 import math
 import os
+from collections import defaultdict
 
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -36,10 +38,11 @@ def test_a_run_leaves_what_is_needed(run_training, tmp_path):
         name for name in os.listdir(folder) if name.startswith("model_0")
     )
     assert (folder / "last_checkpoint").read_text() == "model_0000005.pth"
-    assert trainer._last_eval_results["bbox"]["AP"] >= 0
     assert any(name.startswith("events.out.tfevents") for name in os.listdir(folder))
     entries = metrics_of(folder)
-    assert [entry["iteration"] for entry in entries if "bbox/AP" in entry] == [1, 3, 6]
+    evaluations = [entry for entry in entries if "bbox/AP" in entry]
+    assert [entry["iteration"] for entry in evaluations] == [1, 3, 6]
+    assert evaluations[-1]["bbox/AP"] == trainer._last_eval_results["bbox"]["AP"]
     assert {"total_loss", "loss_cls", "loss_box", "grad_norm", "lr", "data_time"} <= entries[-2].keys()
 
     # Files to deploy hold the moving average and nothing of the training; detectron2's own predictor reads them.
@@ -270,9 +273,39 @@ def test_coco_numbers_do_not_depend_on_the_detections_that_are_returned(make_con
     assert evaluator._max_dets_per_image == [1, 10, 100]
 
 
-def test_lvis_is_evaluated(make_config, coco_json, tmp_path):
-    from detectron2.data import DatasetCatalog, MetadataCatalog
+class Oracle(nn.Module):
+    """Detects the objects of an annotation file, but for those of some class."""
 
+    def __init__(self, annotation_json, missed_class=None):
+        super().__init__()
+        self.boxes = defaultdict(list)
+        with open(annotation_json) as file:
+            for box in json.load(file)["annotations"]:
+                if box["category_id"] != missed_class:
+                    self.boxes[box["image_id"]].append((box["bbox"], box["category_id"]))
+
+    def forward(self, inputs):
+        results = []
+        for x in inputs:
+            boxes, classes = zip(*self.boxes[x["image_id"]])
+            boxes = BoxMode.convert(torch.tensor(boxes), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+            fields = {"pred_classes": torch.tensor(classes), "scores": torch.ones(len(boxes))}
+            found = Instances((x["height"], x["width"]), pred_boxes=Boxes(boxes), **fields)
+            results.append({"instances": found})
+        return results
+
+
+def test_the_ap_of_an_oracle(make_config, coco_json):
+    """Each class counts as much as the others, and a class that is never detected has an AP of 0."""
+    annotation_json = coco_json[1][2]
+    results = CoDETRTrainer.test(make_config(), Oracle(annotation_json))["bbox"]
+    assert results["AP"] == results["AP75"] == results["AP-class1"] == 100
+    results = CoDETRTrainer.test(make_config(), Oracle(annotation_json, missed_class=1))["bbox"]
+    assert results["AP"] == pytest.approx(200 / 3)
+    assert (results["AP-class0"], results["AP-class1"]) == (100, 0)
+
+
+def test_lvis_is_evaluated(make_config, coco_json, tmp_path):
     name, folder, path = coco_json[1]
     with open(path) as file:
         data = json.load(file)
@@ -287,8 +320,8 @@ def test_lvis_is_evaluated(make_config, coco_json, tmp_path):
         evaluator_type="lvis", json_file=str(tmp_path / "lvis.json"), image_root=os.path.dirname(folder)
     )
     cfg = make_config("DATASETS.TEST", "('tiny_lvis',)")
-    results = CoDETRTrainer.test(cfg, CoDETRTrainer.build_model(cfg))["bbox"]
-    assert results["AP"] == results["APr"] >= 0 and math.isnan(results["APc"])
+    results = CoDETRTrainer.test(cfg, Oracle(path))["bbox"]
+    assert results["AP"] == results["APr"] == 100 and math.isnan(results["APc"])
     assert (tmp_path / "run" / "inference" / "lvis_instances_results.json").exists()
 
 
