@@ -88,10 +88,11 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     positive(cfg, "SOLVER.BASE_LR")
     if not 0 < solver.LAYER_DECAY <= 1:
         raise InputError(f"SOLVER.LAYER_DECAY is {solver.LAYER_DECAY}; it must be greater than 0 and at most 1")
-    if solver.LAYER_DECAY < 1 and cfg.MODEL.BACKBONE.NAME != "build_eva02_pyramid_backbone":
+    if solver.LAYER_DECAY < 1 and not hasattr(BACKBONE_REGISTRY.get(backbone), "DEPTH_OPTION"):
+        suitable = ", ".join(name for name, builder in BACKBONE_REGISTRY if hasattr(builder, "DEPTH_OPTION"))
         raise InputError(
-            f"SOLVER.LAYER_DECAY is {solver.LAYER_DECAY}, but MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} has no ViT "
-            "blocks; set 1.0, or take build_eva02_pyramid_backbone"
+            f"SOLVER.LAYER_DECAY is {solver.LAYER_DECAY}, but MODEL.BACKBONE.NAME {backbone} has no ViT blocks; set "
+            f"1.0, or take {suitable}"
         )
     share = num_processes * solver.ACCUMULATE_STEPS
     divisible(

@@ -5,9 +5,12 @@ import math
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
 from torch import Tensor, nn
+
+from ..option_checks import option
 
 __all__ = ["build_optimizer", "clip_full_model", "schedule_in_iterations"]
 
@@ -31,10 +34,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     multipliers = [(part, float(factor)) for part, factor in cfg.SOLVER.LR_MULTIPLIERS]
 
     layer_decay = cfg.SOLVER.LAYER_DECAY
+    if layer_decay < 1:
+        depth = option(cfg, BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME).DEPTH_OPTION)
 
     def rate_of(name: str) -> float:
         rate = cfg.SOLVER.BASE_LR * next((factor for part, factor in multipliers if part in name), 1.0)
-        return rate * get_vit_lr_decay_rate(name, layer_decay, cfg.MODEL.EVA02.DEPTH) if layer_decay < 1 else rate
+        return rate * get_vit_lr_decay_rate(name, layer_decay, depth) if layer_decay < 1 else rate
 
     def decay_of(parameter: nn.Parameter) -> float:
         return 0.0 if layer_decay < 1 and parameter.ndim <= 1 else cfg.SOLVER.WEIGHT_DECAY

@@ -17,6 +17,9 @@ Any of these may stand in a component's class (its names relative to the compone
 ``OPTIONAL_PARTS``
     {first parts of parameters' names: what these are for and why a model may lack them} of what weights may have more
     than their model, or the other way round, as a whole.
+``DEPTH_OPTION``
+    Of a backbone whose layers are ViT blocks, under detectron2's names for these: the option that says how many there
+    are, for ``SOLVER.LAYER_DECAY``.
 ``TELLING_PARAMETER``
     Of a query head: name of a parameter that no other query head has, by which weights of another one are told.
 

@@ -121,7 +121,6 @@ VIT = [
             r"IMAGE_SIZE is 1000.*\(32\)",
         ),
         ([*VIT, "MODEL.EVA02.IMAGE_SIZE", "1024"], 1, r"IMAGE_SIZE is 1024; it must be 0, or .*CANVAS_SIZE \(0\)"),
-        ([*VIT, "MODEL.FPN.OUT_CHANNELS", "128"], 1, r"FPN\.OUT_CHANNELS is 128;.*EMBED_DIM \(256\)"),
         (["MODEL.CODETR.NUM_FEATURE_LEVELS", "2"], 1, r"IN_FEATURES names 3 features.*NUM_FEATURE_LEVELS \(2\)"),
         (["MODEL.CODETR.IN_FEATURES", "[]"], 1, r"IN_FEATURES names 0 features"),
         (["MODEL.DEVICE", "gpu", "SOLVER.AMP.ENABLED", "True"], 1, r"MODEL\.DEVICE is 'gpu'; it may be cpu or cuda"),

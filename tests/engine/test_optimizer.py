@@ -59,6 +59,7 @@ class Vit(nn.Module):
 
 
 def test_layer_decay(cfg):
+    cfg.MODEL.BACKBONE.NAME = "build_eva02_pyramid_backbone"
     cfg.MODEL.EVA02.DEPTH = 4
     cfg.SOLVER.LAYER_DECAY = 0.5
     cfg.SOLVER.LR_MULTIPLIERS = [["query_head", 0.1]]

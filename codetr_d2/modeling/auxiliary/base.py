@@ -9,7 +9,6 @@ from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from ...errors import InputError
 from ..pyramid import FeaturePyramid
 from ..structures import PositiveSamples
 
@@ -86,12 +85,5 @@ def auxiliary_head_names(kinds: list[str]) -> list[str]:
 
 
 def build_auxiliary_head(name: str, cfg: CfgNode, input_shapes: list[ShapeSpec]) -> AuxiliaryHead:
-    """Build the auxiliary head that is registered as ``name``.
-
-    Raises:
-        InputError: no head has that name.
-    """
-    if name not in AUX_HEAD_REGISTRY:
-        names = ", ".join(sorted(known for known, _ in AUX_HEAD_REGISTRY))
-        raise InputError(f"MODEL.CODETR.AUX_HEADS: there is no head named {name!r}; choose from {names}")
+    """Build the auxiliary head that is registered as ``name``, which :meth:`CoDETR.check_options` has checked."""
     return AUX_HEAD_REGISTRY.get(name)(cfg, input_shapes)

@@ -211,6 +211,7 @@ class Eva02Pyramid(Backbone):
         ("backbone.out_norm.{rest}", "net.out_norm.{rest}"),
         ("neck.p{n}.{rest}", "p{n}.{rest}"),
     ]
+    DEPTH_OPTION = "MODEL.EVA02.DEPTH"
     OPTIONS_OF_SHAPES = {
         "net.pos_embed": "MODEL.EVA02.PRETRAIN_IMAGE_SIZE and EMBED_DIM",
         "net.patch_embed": "MODEL.EVA02.PATCH_SIZE and EMBED_DIM",
@@ -237,16 +238,11 @@ class Eva02Pyramid(Backbone):
                 f"({options.DEPTH - 1})"
             )
         if cfg.MODEL.META_ARCHITECTURE == "CoDETR":
-            canvas, dim, channels = cfg.MODEL.CODETR.CANVAS_SIZE, cfg.MODEL.CODETR.EMBED_DIM, cfg.MODEL.FPN.OUT_CHANNELS
+            canvas = cfg.MODEL.CODETR.CANVAS_SIZE
             if options.IMAGE_SIZE not in (0, canvas):
                 raise InputError(
                     f"MODEL.EVA02.IMAGE_SIZE is {options.IMAGE_SIZE}; it must be 0, or MODEL.CODETR.CANVAS_SIZE "
                     f"({canvas}): the side of the square that images lie on"
-                )
-            if not cfg.MODEL.CODETR.NECK and channels != dim:
-                raise InputError(
-                    f"MODEL.FPN.OUT_CHANNELS is {channels}; without MODEL.CODETR.NECK it must be "
-                    f"MODEL.CODETR.EMBED_DIM ({dim})"
                 )
 
     def __init__(self, net: Eva02, out_channels: int, out_features: Sequence[str] = _LEVELS):
@@ -304,7 +300,11 @@ class Eva02Pyramid(Backbone):
 
 
 @BACKBONE_REGISTRY.register()
-@stating(check_options=Eva02Pyramid.check_options, PUBLISHED_NAMES=Eva02Pyramid.PUBLISHED_NAMES)
+@stating(
+    check_options=Eva02Pyramid.check_options,
+    PUBLISHED_NAMES=Eva02Pyramid.PUBLISHED_NAMES,
+    DEPTH_OPTION=Eva02Pyramid.DEPTH_OPTION,
+)
 def build_eva02_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Eva02Pyramid:
     """``MODEL.EVA02`` -> backbone with the features that ``MODEL.CODETR.IN_FEATURES`` names (p2 to p6).
 

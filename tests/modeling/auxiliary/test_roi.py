@@ -343,6 +343,7 @@ def test_autocast(cfg, input_shapes, make_pyramid, make_targets, storage):
     assert detections.scores.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_learns_a_few_objects(cfg, input_shapes, make_pyramid, make_targets, storage):
     """Overfitted to a random pyramid, the head detects its objects."""
     torch.manual_seed(0)
@@ -380,8 +381,6 @@ def test_learns_a_few_objects(cfg, input_shapes, make_pyramid, make_targets, sto
 
 
 def test_wrong_options_are_named(cfg, input_shapes):
-    with pytest.raises(InputError, match="AUX_HEADS.*'faster'.*atss, roi"):
-        build_auxiliary_head("faster", cfg, input_shapes)
     with pytest.raises(InputError, match="ANCHOR_GENERATOR.SIZES lists 5 levels.* 4"):
         build_auxiliary_head("roi", cfg, input_shapes[:4])
     cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES = True
