@@ -32,6 +32,7 @@ help:
 	@echo 'make quickstart-trees    the first on photographs of tree crowns'
 	@echo 'make quickstart-nuclei   the first on a micrograph of cell nuclei, with their masks'
 	@echo 'make test                check the style and run every test but the end-to-end run'
+	@echo 'make test-fast           the tests that take less than two minutes in all, for the inner loop'
 	@echo 'make test-end-to-end     a short training, evaluation and prediction through the command lines'
 	@echo 'make lint                check the style alone'
 	@echo 'make setup               only the set-up: $(VENV) with torch, detectron2 and this package'
@@ -54,13 +55,16 @@ quickstart-trees: $(SETUP_DONE)
 quickstart-nuclei: $(SETUP_DONE)
 	$(RUN) tools/quick_start.py nuclei
 
-.PHONY: lint test test-end-to-end
+.PHONY: lint test test-fast test-end-to-end
 lint: $(SETUP_DONE)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 test: lint
 	$(RUN) -m pytest --ignore=tests/end_to_end --durations=10
+
+test-fast: $(SETUP_DONE)
+	$(RUN) -m pytest --ignore=tests/end_to_end -m 'not slow' --durations=10
 
 test-end-to-end: $(SETUP_DONE)
 	$(RUN) -m pytest tests/end_to_end --durations=10

@@ -25,6 +25,8 @@ from codetr_d2.data.samplers import seed_rng
 from codetr_d2.errors import InputError
 from codetr_d2.ops import active_backend, ms_deform_attn
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 DINO = str(CONFIGS / "quick_start" / "co_dino_efficientnet_lite0_digits.yaml")
 TINY = ["MODEL.CODETR.EMBED_DIM", "32", "MODEL.CODETR.NUM_QUERIES", "10", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"]
@@ -74,7 +76,6 @@ def make_case(opts=(), dtype="float32", config_file=DINO, **changes):
     return replace(model.first_case(args, training=True), **changes)
 
 
-@pytest.mark.slow
 def test_two_sides_of_a_training_step(tmp_path, capsys):
     output = tmp_path / "train.json"
     against = "eager+separate-passes"
@@ -98,7 +99,6 @@ def test_two_sides_of_a_training_step(tmp_path, capsys):
     assert f"| {against} |" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_an_error_of_a_side_is_the_commands():
     error = run("inference", *MODEL, *TINY, *SMALL_CANVAS)
     assert error.startswith("error: ") and "larger than MODEL.CODETR.CANVAS_SIZE" in error

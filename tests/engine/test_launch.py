@@ -10,6 +10,8 @@ import train_net
 from codetr_d2.engine import run_processes
 from codetr_d2.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 
 def finish(process, code=0):
     output = process.communicate(timeout=120)[0].decode()
@@ -64,7 +66,6 @@ def test_an_interrupted_run_says_how_to_go_on(config_file, capsys, monkeypatch):
     assert exit.value.code == 130 and "--resume" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_end(start_process, config_file, tmp_path, assert_same_weights, capsys):
     common = options(
         SOLVER__MAX_ITER=60, SOLVER__CHECKPOINT_PERIOD=5, DATALOADER__NUM_WORKERS=2, SOLVER__EMA__ENABLED=True
@@ -97,7 +98,6 @@ def test_a_killed_run_resumes_to_the_same_end(start_process, config_file, tmp_pa
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
 
 
-@pytest.mark.slow
 def test_two_processes_train_and_evaluate_like_one(start_process, tmp_path, assert_same_weights):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     common = options(
@@ -119,7 +119,6 @@ def test_two_processes_train_and_evaluate_like_one(start_process, tmp_path, asse
     assert "bbox/AP" in one[-1]
 
 
-@pytest.mark.slow
 def test_mistakes_of_the_user_reach_the_first_process_and_other_errors_keep_their_traceback():
     with pytest.raises(InputError, match="^first$"):
         run_processes(raise_input_error, 2, device="cpu", args=("first",))

@@ -132,6 +132,7 @@ def build_copy(model):
     return fresh
 
 
+@pytest.mark.slow
 def test_compiled_inference():
     """The compiled model gives the detections of the eager one, for a second shape too, and can still be trained."""
     torch.manual_seed(1)

@@ -93,6 +93,7 @@ class _Core(torch.nn.Module):
         return self.model.raw_predictions(images)
 
 
+@pytest.mark.slow
 @both_heads
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_export_of_the_whole_model(query_head, backend):

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 START = """
 import gc, os, torch
 from codetr_d2.ops import keep_freed_memory

@@ -417,6 +417,7 @@ def test_cpp_is_the_choice_of_auto():
         active_backend("cuda", "cpp")
 
 
+@pytest.mark.slow
 @needs_cpp
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_kernels_of_older_processors(capability, tmp_path):
@@ -448,6 +449,7 @@ torch.save((active_backend("cpu"), results), "results.pt")
             torch.testing.assert_close(x, y, rtol=2**-7 if low else 1e-5, atol=1e-4 * y.abs().max().item())
 
 
+@pytest.mark.slow
 def test_without_the_library(tmp_path):
     """A package without the compiled library computes the same, warns once and names the command that builds it."""
     script = """
@@ -478,6 +480,7 @@ torch.save(outputs, "outputs.pt")
         torch.testing.assert_close(output, OP(*inputs))
 
 
+@pytest.mark.slow
 def test_library_that_does_not_load(tmp_path):
     """A library built against another PyTorch, or a broken one, is no error but a reason."""
     script = """

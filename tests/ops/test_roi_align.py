@@ -225,6 +225,7 @@ def test_arguments_that_do_not_fit():
         roi_align(maps, rois, (0, 7), SCALE, 0, True)
 
 
+@pytest.mark.slow
 @needs_cpp
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_kernels_of_older_processors(capability, tmp_path):
@@ -254,6 +255,7 @@ torch.save(results, "results.pt")
         torch.testing.assert_close(grad, leaf.grad, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_without_the_library(tmp_path):
     script = """
 import torch

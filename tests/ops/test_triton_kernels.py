@@ -13,6 +13,8 @@ import torch
 from codetr_d2.ops import ms_deform_attn_eager
 from tests.ops.common import change_floats, make_inputs, run, run_copy
 
+pytestmark = pytest.mark.slow
+
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 

@@ -12,6 +12,8 @@ from PIL import Image
 from codetr_d2.errors import InputError
 from tests.tiny_run import write_tiny_run
 
+pytestmark = pytest.mark.slow
+
 FINAL = {"AP": 61.04, "AP50": 72.5, "AP75": 65.0, "APs": 55.0, "APm": 70.0, "APl": float("nan")}
 
 

@@ -273,6 +273,7 @@ def test_masks_do_not_depend_on_the_other_detections(make_pyramid, monkeypatch):
         assert pasted.pred_masks.shape == (len(found), 2 * size[0], 2 * size[1])
 
 
+@pytest.mark.slow
 def test_learns_a_few_objects(make_pyramid, make_targets):
     """Overfitted to a random pyramid, masks cover the objects to the edge and know that they do."""
     pyramid = make_pyramid(SIZES, channels=32)
