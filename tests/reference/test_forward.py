@@ -8,6 +8,8 @@ import torch
 
 from tests.reference.recordings import subsample
 
+pytestmark = pytest.mark.slow  # seconds for each recording
+
 TOLERANCE = 1e-4  # features, logits, normalised boxes
 PIXELS = 1e-2
 DETECTIONS = re.compile(r"(det|det_nonms|roi_det|atss_det)_(boxes|scores|labels)_\d+|proposals_\d+")

@@ -8,6 +8,8 @@ import torch
 from codetr_d2.checkpoint.published import published_to_codetr
 from codetr_d2.modeling.auxiliary.anchors import valid_anchors
 
+pytestmark = pytest.mark.slow  # seconds for each recording
+
 LOSSES = 1e-4  # relative
 GRADIENTS = 1e-3  # relative
 AUXILIARY = {"loss_rpn_cls": "loss_rpn_cls_roi", "loss_rpn_bbox": "loss_rpn_box_roi"}
