@@ -21,7 +21,6 @@ import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
 from codetr_d2.config.config_file import load_config, resolve_device
 from codetr_d2.data import read_image
 from codetr_d2.errors import InputError
-from codetr_d2.evaluation.mask_scores import add_mask_scores
+from codetr_d2.evaluation import to_coco_results
 from codetr_d2.ops import keep_freed_memory
 from codetr_d2.visualization import draw_predictions
 
@@ -119,9 +118,8 @@ class Detector:
         """[H, W, 3] uint8 BGR -> its drawing, [H', W', 3] uint8 RGB, and its entry in detections.json."""
         found: Instances = self.predictor(image)["instances"].to("cpu")
         found = found[found.scores >= self.score_threshold]
-        detections, results = [], instances_to_coco_json(found, 0)
-        add_mask_scores(results, found)
-        for detection in results:
+        detections = []
+        for detection in to_coco_results(found, 0):
             category = detection["category_id"]
             name = self.names[category] if category < len(self.names) else str(category)
             detections.append({"category_name": name, **{k: v for k, v in detection.items() if k != "image_id"}})

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, MetadataCatalog
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
@@ -29,8 +28,9 @@ from ..data.datasets import check_registered, class_names, load_datasets, regist
 from ..data.loader import build_test_loader, build_train_loader
 from ..data.mapper import CoDETRDatasetMapper
 from ..data.samplers import derive_seed, seed_rng
+from ..data.shared import SharedRecords
 from ..errors import InputError
-from ..evaluation import EVALUATORS
+from ..evaluation import DetectionEvaluator, evaluation_style
 from .ema import ModelEMA
 from .hooks import BestCheckpointer, PeriodicCheckpointer, PeriodicWriter, drop_metrics_from
 from .optimizer import build_optimizer, clip_full_model, schedule_in_iterations
@@ -312,8 +312,7 @@ class CoDETRTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
-        # Serialised, so that worker processes share the records instead of each coming to hold a copy.
-        records = DatasetFromList(load_datasets(cfg, cfg.DATASETS.TRAIN, True), copy=False)
+        records = SharedRecords.of(load_datasets(cfg, cfg.DATASETS.TRAIN, True))
         return build_train_loader(cfg, records, CoDETRDatasetMapper(cfg, True, records=records))
 
     @classmethod
@@ -322,18 +321,12 @@ class CoDETRTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """The evaluator of the dataset's ``evaluator_type``: COCO's, also where the dataset names none, or LVIS's.
+        """COCO's evaluation, also where the dataset does not name one, or LVIS's: see :class:`DetectionEvaluator`.
 
         Both limit the detections of an image as their published numbers do, to 100 and 300, whatever
         ``TEST.DETECTIONS_PER_IMAGE`` is.
         """
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-        if kind not in EVALUATORS:
-            raise InputError(
-                f"DATASETS.TEST: {dataset_name} asks for the evaluator {kind!r}; there are: {', '.join(EVALUATORS)}"
-            )
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return EVALUATORS[kind](dataset_name, output_dir=output_dir, allow_cached_coco=False)
+        return DetectionEvaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> OrderedDict:
@@ -374,6 +367,8 @@ def setup(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
         cfg.MODEL.DEVICE = device
     register_datasets(cfg)
     check_registered((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    for name in cfg.DATASETS.TEST:
+        evaluation_style(name)
     cfg.MODEL.CODETR.CLASS_NAMES = class_names(cfg)
     if not eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
