@@ -16,6 +16,7 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO, COCOeval_faster
+from tabulate import tabulate
 
 from ..checkpoint.checkpointer import atomic_write
 from ..data.annotations import AnnotatedImages
@@ -116,6 +117,9 @@ class DetectionEvaluator(DatasetEvaluator):
             metrics[task] = average_precisions(dataset, results, task, self.style)
             overall = {key: value for key, value in metrics[task].items() if not key.startswith("AP-")}
             logger.info("%s, %s:\n%s", self.dataset_name, task, create_small_table(overall))
+            classes = [(key.removeprefix("AP-"), x) for key, x in metrics[task].items() if key.startswith("AP-")]
+            if classes:
+                logger.info("%s, %s AP of each class:\n%s", self.dataset_name, task, _class_table(classes))
         return metrics
 
     def _write(self, dataset: AnnotatedImages, results: list[dict]) -> str:
@@ -166,6 +170,12 @@ def average_precisions(
         names = _distinct_names(dataset.categories)
         ap.update({f"AP-{name}": mean(precision[:, :, i, 0]) for i, name in enumerate(names)})
     return ap
+
+
+def _class_table(classes: list[tuple[str, float]], columns: int = 3) -> str:
+    rows = [list(itertools.chain.from_iterable(classes[i : i + columns])) for i in range(0, len(classes), columns)]
+    headers = ["class", "AP"] * min(columns, len(classes))
+    return tabulate(rows, headers, tablefmt="pipe", floatfmt=".3f", numalign="left")
 
 
 def _distinct_names(categories: list[dict]) -> list[str]:

@@ -268,11 +268,6 @@ def test_an_epoch_counts_repeated_images(make_config):
     assert max_iter == round(sum(stream.repeat_factors.tolist())) > 20
 
 
-def test_coco_numbers_do_not_depend_on_the_detections_that_are_returned(make_config):
-    evaluator = CoDETRTrainer.build_evaluator(make_config("TEST.DETECTIONS_PER_IMAGE", 300), "tiny_test")
-    assert evaluator._max_dets_per_image == [1, 10, 100]
-
-
 class Oracle(nn.Module):
     """Detects the objects of an annotation file, but for those of some class."""
 
