@@ -20,17 +20,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
 
 import codetr_d2  # noqa: F401 (registers the model)
-from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
 from codetr_d2.config.config_file import load_config, resolve_device
 from codetr_d2.data import read_image
 from codetr_d2.errors import InputError
 from codetr_d2.evaluation import to_coco_results
+from codetr_d2.inference import Predictor
 from codetr_d2.ops import keep_freed_memory
 from codetr_d2.visualization import draw_predictions
 
@@ -105,12 +104,11 @@ def output_files(files: list[Path], folder: Path) -> dict[Path, Path]:
 
 
 class Detector:
-    """A ``DefaultPredictor`` that draws what it finds and describes it for detections.json."""
+    """A ``Predictor`` that draws what it finds and describes it for detections.json."""
 
     def __init__(self, cfg: CfgNode, weights: str, score_threshold: float):
-        cfg.MODEL.WEIGHTS = ""  # loaded below, by the checkpointer with the clear errors
-        self.predictor = DefaultPredictor(cfg)
-        CoDETRCheckpointer(self.predictor.model).load(weights)
+        cfg.MODEL.WEIGHTS = weights
+        self.predictor = Predictor(cfg)
         self.names = list(cfg.MODEL.CODETR.CLASS_NAMES)
         self.score_threshold = score_threshold
 
