@@ -155,10 +155,12 @@ def add_codetr_config(cfg: CN) -> None:
     _C.INPUT.COPY_PASTE.MAX_NUM_PASTED = 100
 
     # Training, beside detectron2's SOLVER options.
+    # None: norms decay like everything else, as published; detectron2 has 0 here, and None for WEIGHT_DECAY_BIAS.
+    _C.SOLVER.WEIGHT_DECAY_NORM = None
     # (part of a parameter's name, factor of its learning rate) pairs; the first that fits counts.
     _C.SOLVER.LR_MULTIPLIERS = []
     # < 1: the learning rate of ViT block i of n is multiplied by this to the power of n - i, and biases and norms have
-    # no weight decay.
+    # no weight decay, unless WEIGHT_DECAY_NORM or WEIGHT_DECAY_BIAS gives them one.
     _C.SOLVER.LAYER_DECAY = 1.0
     # The schedule in epochs: > 0 sets MAX_ITER and STEPS from the size of the training set. Periods stay in iterations.
     _C.SOLVER.MAX_EPOCHS = 0

@@ -8,7 +8,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..errors import InputError
-from .config_file import options_of
+from .config_file import options_of, plain
 
 __all__ = ["check_output_dir"]
 
@@ -60,19 +60,14 @@ def check_output_dir(cfg: CfgNode, resume: bool, eval_only: bool = False) -> Non
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         raise InputError(f"{path}: not a config; delete it if the run in this folder is the one to resume") from None
     differing = [
-        f"{key} ({_plain(before[key])} there, {_plain(value)} now)"
+        f"{key} ({plain(before[key])} there, {plain(value)} now)"
         for key, value in options_of(cfg, cfg)
         if key.startswith("MODEL.") or key == "DATASETS.TRAIN"
         if not any(fnmatchcase(key, pattern) for pattern in _FREE_TO_CHANGE)
-        if key in before and _plain(before[key]) != _plain(value)
+        if key in before and plain(before[key]) != plain(value)
     ]
     if differing:
         shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
         raise InputError(
             f"OUTPUT_DIR: {folder} holds a run of another config, which cannot be resumed with this one: {shown}"
         )
-
-
-def _plain(value):
-    """Tuples as lists, as YAML has them."""
-    return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else value

@@ -7,7 +7,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
-from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping, reduce_param_groups
 from torch import Tensor, nn
 
 from ..option_checks import option
@@ -21,17 +21,26 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW on all trainable parameters.
 
     The learning rate is ``SOLVER.BASE_LR`` times the factor of the first entry of ``SOLVER.LR_MULTIPLIERS`` that is
-    part of the parameter's name; ``SOLVER.WEIGHT_DECAY`` is on every parameter, as published: neither norms nor biases
-    are exempt.
+    part of the parameter's name, and for biases times ``SOLVER.BIAS_LR_FACTOR``. ``SOLVER.WEIGHT_DECAY`` is on every
+    parameter, as published, but for norms and biases where ``WEIGHT_DECAY_NORM`` and ``WEIGHT_DECAY_BIAS`` are set;
+    what is a norm or a bias, detectron2 decides.
 
     With ``SOLVER.LAYER_DECAY`` d < 1 the learning rate of ViT block i of n is also multiplied by d^(n - i), that of the
-    patch and position embeddings by d^(n + 1), so that layers which are closer to the image change less; and norms and
-    biases of the whole model have no weight decay.
+    patch and position embeddings by d^(n + 1), so that layers which are closer to the image change less; and vectors,
+    which are norms and biases, have by themselves no weight decay.
 
     detectron2's own kinds of ``SOLVER.CLIP_GRADIENTS`` (norm, value: of each parameter) are part of the
     optimizer's step; ``full_model`` is :func:`clip_full_model`, called by the trainer.
     """
     multipliers = [(part, float(factor)) for part, factor in cfg.SOLVER.LR_MULTIPLIERS]
+    given_decays = {
+        parameter: group["weight_decay"]
+        for group in get_default_optimizer_params(
+            model, weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM, weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS
+        )
+        for parameter in group["params"]
+        if "weight_decay" in group
+    }
 
     layer_decay = cfg.SOLVER.LAYER_DECAY
     if layer_decay < 1:
@@ -39,10 +48,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     def rate_of(name: str) -> float:
         rate = cfg.SOLVER.BASE_LR * next((factor for part, factor in multipliers if part in name), 1.0)
+        if name.rpartition(".")[2] == "bias":
+            rate *= cfg.SOLVER.BIAS_LR_FACTOR
         return rate * get_vit_lr_decay_rate(name, layer_decay, depth) if layer_decay < 1 else rate
 
     def decay_of(parameter: nn.Parameter) -> float:
-        return 0.0 if layer_decay < 1 and parameter.ndim <= 1 else cfg.SOLVER.WEIGHT_DECAY
+        usual = 0.0 if layer_decay < 1 and parameter.ndim <= 1 else cfg.SOLVER.WEIGHT_DECAY
+        return given_decays.get(parameter, usual)
 
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for part, _ in multipliers:

@@ -377,6 +377,8 @@ def setup(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
     cfg.MODEL.CODETR.CLASS_NAMES = class_names(cfg)
     if not eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if getattr(cfg, "FLOAT32_PRECISION", ""):  # not every detectron2 has it
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
     cfg.freeze()
     return cfg
 

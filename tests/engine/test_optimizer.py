@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.solver import build_lr_scheduler
+from detectron2.solver import build_lr_scheduler, get_default_optimizer_params
 from torch import nn
 
 from codetr_d2 import add_codetr_config
@@ -86,6 +86,45 @@ def test_layer_decay(cfg):
     matrices = {name for name, p in model.named_parameters() if name.endswith("weight") and p.ndim > 1}
     assert decayed == matrices | {"query_head.level_embeds", "backbone.net.pos_embed"}
     assert all(decay in (0.0, 0.01) for decay in decays.values())
+
+
+BIASES = ("backbone.bias", "backbone_norm.bias")
+
+
+def options_by_name(cfg, model, key):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: group[key] for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_norms_and_biases_have_the_weight_decay_that_is_theirs(cfg, layer_decay):
+    cfg.MODEL.BACKBONE.NAME = "build_eva02_pyramid_backbone"
+    cfg.SOLVER.LAYER_DECAY = layer_decay
+    usual = 0.01 if layer_decay == 1 else 0.0
+    norms = ("norm.weight", "backbone_norm.weight")
+    assert set(options_by_name(cfg, make_model(), "weight_decay").values()) == {0.01, usual}
+    cfg.SOLVER.WEIGHT_DECAY_NORM = 0.3
+    decays = options_by_name(cfg, make_model(), "weight_decay")
+    expected = dict.fromkeys((*norms, "backbone_norm.bias"), 0.3)
+    assert decays == {"backbone.weight": 0.01, "backbone.bias": usual, **expected}
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = 0.2
+    decays = options_by_name(cfg, make_model(), "weight_decay")
+    assert decays == {"backbone.weight": 0.01, **dict.fromkeys(norms, 0.3), **dict.fromkeys(BIASES, 0.2)}
+    theirs = get_default_optimizer_params(make_model(), weight_decay=0.01, weight_decay_norm=0.3, weight_decay_bias=0.2)
+    assert sorted((x["weight_decay"], len(x["params"])) for x in theirs) == [(0.01, 1), (0.2, 2), (0.3, 2)]
+
+
+def test_biases_learn_faster_beside_the_multipliers(cfg):
+    cfg.SOLVER.BIAS_LR_FACTOR = 2.0
+    cfg.SOLVER.LR_MULTIPLIERS = [["backbone_norm", 0.1]]
+    rates = options_by_name(cfg, make_model(), "lr")
+    assert rates == {
+        "backbone.weight": pytest.approx(0.1),
+        "backbone.bias": pytest.approx(0.2),
+        "norm.weight": pytest.approx(0.1),
+        "backbone_norm.weight": pytest.approx(0.01),
+        "backbone_norm.bias": pytest.approx(0.02),
+    }
 
 
 def test_a_multiplier_without_effect_is_reported(cfg, caplog):

@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
-from codetr_d2.engine import evaluate
+from codetr_d2.engine import check_config, evaluate, setup
 from codetr_d2.engine.hooks import drop_metrics_from
 from codetr_d2.engine.trainer import CoDETRTrainer, StepTrainer
 from codetr_d2.errors import InputError
@@ -355,6 +355,25 @@ def test_metrics_from_an_iteration_on_are_dropped(tmp_path):
     assert path.read_text().splitlines() == lines[:2]
     drop_metrics_from(str(tmp_path / "none.json"), 40)
     assert os.listdir(tmp_path) == ["metrics.json"]
+
+
+def test_the_precision_of_float32_products_is_set(make_config):
+    """An option of detectron2's main branch, which the installed version may lack."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        cfg = make_config()
+        cfg.defrost()
+        cfg.FLOAT32_PRECISION = ""
+        setup(cfg)
+        assert torch.get_float32_matmul_precision() == before
+        cfg.FLOAT32_PRECISION = "medium"
+        setup(cfg)
+        assert torch.get_float32_matmul_precision() == "medium"
+        cfg.FLOAT32_PRECISION = "low"
+        with pytest.raises(InputError, match="FLOAT32_PRECISION is 'low'; it may be: highest, high, medium"):
+            check_config(cfg)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_unknown_evaluators_are_named(make_config):
