@@ -74,14 +74,32 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer = adamw(groups, lr=cfg.SOLVER.BASE_LR, fused=True)
     except RuntimeError:  # this torch has no fused kernel for this device
         optimizer = adamw(groups, lr=cfg.SOLVER.BASE_LR, foreach=True)
-    optimizer.register_load_state_dict_pre_hook(_keep_kernel)
+    names = {parameter: name for name, parameter in parameters.items()}
+    for group in optimizer.param_groups:
+        group["param_names"] = [names[parameter] for parameter in group["params"]]
+    optimizer.register_load_state_dict_pre_hook(_keep_options)
     return optimizer
 
 
-def _keep_kernel(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
-    """Go on with the kernel for this device, whichever the checkpoint was written with."""
-    kernel = {name: optimizer.defaults[name] for name in ("fused", "foreach")}
-    return {**state_dict, "param_groups": [{**group, **kernel} for group in state_dict["param_groups"]]}
+def _keep_options(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+    """The state of a checkpoint under the groups and options of this optimizer: learning rates, decays, the kernel.
+
+    Raises:
+        ValueError: the checkpoint is about other parameters.
+    """
+    groups, saved = optimizer.param_groups, state_dict["param_groups"]
+    if all("param_names" in group for group in saved):
+        saved_names = [name for group in saved for name in group["param_names"]]
+    elif [len(group["params"]) for group in groups] == [len(group["params"]) for group in saved]:
+        saved_names = [name for group in groups for name in group["param_names"]]
+    else:
+        raise ValueError("it has no names of parameters, and groups of other sizes")
+    index = dict(zip(saved_names, (i for group in saved for i in group["params"])))
+    differing = index.keys() ^ {name for group in groups for name in group["param_names"]}
+    if differing:
+        raise ValueError(f"{sorted(differing)[0]} is trained by one of them alone")
+    own = [{**group, "params": [index[name] for name in group["param_names"]]} for group in groups]
+    return {**state_dict, "param_groups": own}
 
 
 def clip_full_model(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> Tensor:

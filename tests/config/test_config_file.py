@@ -1,7 +1,10 @@
+import shutil
+
 import pytest
 import torch
 
 from codetr_d2.config.config_file import save_config
+from codetr_d2.config.output_dir import check_training_data, training_data
 from codetr_d2.engine import check_config, check_output_dir, load_config
 from codetr_d2.errors import InputError
 
@@ -308,6 +311,32 @@ def test_logs_alone_are_a_run_too(config_file, tmp_path):
 def test_another_config_is_not_resumed(folder_of_run, opts, key):
     with pytest.raises(InputError, match=key):
         check_output_dir(folder_of_run(*opts), resume=True)
+
+
+def test_a_schedule_in_epochs_keeps_its_batch_size(folder_of_run):
+    check_output_dir(folder_of_run("SOLVER.IMS_PER_BATCH", "2"), resume=True)
+    with pytest.raises(InputError, match=r"IMS_PER_BATCH \(4 there, 2 now\).*MAX_EPOCHS.*set the size as it was"):
+        check_output_dir(folder_of_run("SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_EPOCHS", "2"), resume=True)
+
+
+def test_what_else_has_changed_is_said(folder_of_run, caplog):
+    check_output_dir(folder_of_run("SOLVER.BASE_LR", "0.1", "OUTPUT_DIR", folder_of_run().OUTPUT_DIR), resume=True)
+    assert [record.message for record in caplog.records] == [
+        "The resumed run goes on with other options than before: SOLVER.BASE_LR (0.01 there, 0.1 now)"
+    ]
+
+
+def test_data_are_the_same_wherever_they_lie(folder_of_run, coco_json, tmp_path):
+    cfg = folder_of_run()
+    before = training_data(cfg, 14)
+    shutil.copy(coco_json[0][2], tmp_path / "moved.json")
+    cfg.DATASETS.COCO_JSON = [["tiny_train", str(tmp_path), str(tmp_path / "moved.json")], coco_json[1]]
+    check_training_data(cfg, before, training_data(cfg, 14))
+    for other in (training_data(cfg, 13), before | {"annotation_files": {"tiny_train": "another digest"}}):
+        with pytest.raises(
+            InputError, match=r"DATASETS\.TRAIN: tiny_train is not what the run in .*run was trained on"
+        ):
+            check_training_data(cfg, before, other)
 
 
 def test_options_that_do_not_change_the_weights_may_change(folder_of_run):

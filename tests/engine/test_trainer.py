@@ -243,11 +243,87 @@ def test_a_drawn_seed_is_kept(run_training):
     assert run_training(*opts, "SOLVER.MAX_ITER", 2).seed != first.seed
 
 
-def test_another_learning_rate_by_group_is_not_resumed(run_training):
-    opts = ("DATASETS.TEST", "()", "SOLVER.MAX_ITER", 2)
-    run_training(*opts)
-    with pytest.raises(InputError, match="LR_MULTIPLIERS"):
-        run_training(*opts, "SOLVER.LR_MULTIPLIERS", "[['backbone', 0.1]]", resume=True)
+SHORT = ("DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.STEPS", "(3,)", "SOLVER.WARMUP_ITERS", 0)
+
+
+@pytest.mark.parametrize(
+    "opts, rates, decay",
+    [  # of the steps 2 and 3, before which the rate falls, for "backbone" and for everything else
+        ((), [(0.01, 0.01), (0.001, 0.001)], 1e-4),
+        (("SOLVER.BASE_LR", 0.5), [(0.5, 0.5), (0.05, 0.05)], 1e-4),
+        (("SOLVER.WEIGHT_DECAY", 0.2), [(0.01, 0.01), (0.001, 0.001)], 0.2),
+        (("SOLVER.STEPS", "(1,)", "SOLVER.GAMMA", 0.5), [(0.005, 0.005), (0.005, 0.005)], 1e-4),
+        (("SOLVER.LR_MULTIPLIERS", "[['backbone', 0.1]]"), [(0.001, 0.01), (0.0001, 0.001)], 1e-4),
+    ],
+)
+def test_a_resumed_run_has_the_solver_of_its_config(run_training, make_config, opts, rates, decay):
+    first = run_training(*SHORT, "SOLVER.MAX_ITER", 2)
+    state = state_by_name(first)
+    trainer = CoDETRTrainer(make_config(*SHORT, "SOLVER.MAX_ITER", 4, *opts))
+    trainer.resume_or_load(True)
+    again = state_by_name(trainer)
+    assert again.keys() == state.keys()
+    for name, values in state.items():
+        assert all(torch.equal(values[key], again[name][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    seen = []
+    run_step = trainer.run_step
+
+    def watch():
+        groups = {name: group for group in trainer.optimizer.param_groups for name in group["param_names"]}
+        assert {group["weight_decay"] for group in groups.values()} == {decay}
+        seen.append((groups["backbone.0.bias"]["lr"], groups["box_embed.bias"]["lr"]))
+        run_step()
+
+    trainer.run_step = watch
+    trainer.train()
+    assert seen == [tuple(pytest.approx(rate) for rate in pair) for pair in rates]
+
+
+def state_by_name(trainer):
+    optimizer = trainer.optimizer
+    pairs = [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"])]
+    assert dict(pairs) == dict(trainer.bare_model.named_parameters())
+    return {name: {key: x.clone() for key, x in optimizer.state[parameter].items()} for name, parameter in pairs}
+
+
+def test_other_groups_need_the_names_of_the_parameters(run_training, make_config, tmp_path):
+    """Checkpoints of earlier versions lack them."""
+    trainer = run_training(*SHORT, "SOLVER.MAX_ITER", 2)
+    path = tmp_path / "run" / "model_0000001.pth"
+    saved = load(path)
+    for group in saved["trainer"]["_trainer"]["optimizer"]["param_groups"]:
+        del group["param_names"]
+    torch.save(saved, path)
+    again = CoDETRTrainer(make_config(*SHORT, "SOLVER.BASE_LR", 0.5, "SOLVER.MAX_ITER", 4))
+    again.resume_or_load(True)
+    before = state_by_name(trainer)["box_embed.weight"]
+    assert torch.equal(state_by_name(again)["box_embed.weight"]["exp_avg"], before["exp_avg"])
+    with pytest.raises(InputError, match=r"optimizer does not fit.*no names.*SOLVER\.LR_MULTIPLIERS as they were"):
+        run_training(*SHORT, "SOLVER.LR_MULTIPLIERS", "[['backbone', 0.1]]", resume=True)
+
+
+def test_other_training_data_are_not_resumed(run_training, make_config, coco_json, tmp_path):
+    name, folder, path = coco_json[0]
+    with open(path) as file:
+        data = json.load(file)
+
+    def resume(data, name):
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+        datasets = json.dumps([[name, folder, str(tmp_path / f"{name}.json")], coco_json[1]])
+        return CoDETRTrainer(make_config(*SHORT, "DATASETS.COCO_JSON", datasets, "DATASETS.TRAIN", f"('{name}',)"))
+
+    resume(data, "resumed_data").train()
+    resume(data, "resumed_data").resume_or_load(True)
+    data["annotations"][0]["bbox"][2] += 1
+    (tmp_path / "resumed_data.json").write_text(json.dumps(data))
+    with pytest.raises(
+        InputError, match=r"DATASETS\.TRAIN: resumed_data is not what.*\(another annotation file\).*MODEL"
+    ):
+        resume(data, "resumed_data").resume_or_load(True)
+    data["images"].pop()
+    data["annotations"] = [x for x in data["annotations"] if x["image_id"] != 13]
+    with pytest.raises(InputError, match=r"resumed_data is not what.*\(14 images there, 13 now\)"):
+        resume(data, "resumed_data").resume_or_load(True)
 
 
 def test_epochs_set_the_length_of_the_run(run_training):
