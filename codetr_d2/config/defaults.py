@@ -98,7 +98,7 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.REFINE_MASK_HEAD.IOU_LOSS_WEIGHT = 6.0  # of the mask's predicted quality
 
     # bfloat16: inference computes in it what does not need more (autocast), in a fraction of the time on CPUs and GPUs
-    # that have it in hardware. Training has SOLVER.AMP for that.
+    # that have it in hardware: evaluation, prediction and deployment alike. SOLVER.AMP is for training alone.
     _C.MODEL.CODETR.INFERENCE_DTYPE = "float32"
     # Compile backbone, encoder and decoder for inference (torch.compile): worth the minute that the first images take
     # where thousands follow. It needs a C++ compiler, on a GPU Triton.

@@ -6,7 +6,6 @@ import os
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -42,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def autocast(cfg: CfgNode) -> torch.autocast:
-    """The context of ``SOLVER.AMP`` for ``MODEL.DEVICE``; one that changes nothing where it is not enabled."""
+    """The context of ``SOLVER.AMP``, for training on ``MODEL.DEVICE``; it changes nothing where that is not enabled."""
     return torch.autocast(
         torch.device(cfg.MODEL.DEVICE).type, dtype=getattr(torch, cfg.SOLVER.AMP.DTYPE), enabled=cfg.SOLVER.AMP.ENABLED
     )
@@ -343,12 +342,6 @@ class CoDETRTrainer(DefaultTrainer):
             )
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
         return EVALUATORS[kind](dataset_name, output_dir=output_dir, allow_cached_coco=False)
-
-    @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> OrderedDict:
-        """Evaluate on ``DATASETS.TEST``, in the precision of the training."""
-        with autocast(cfg):
-            return super().test(cfg, model, evaluators)
 
 
 class _NoInputErrors(logging.Filter):
