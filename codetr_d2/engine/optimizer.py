@@ -2,6 +2,7 @@
 
 import logging
 import math
+from functools import cache
 
 import torch
 from detectron2.config import CfgNode
@@ -102,10 +103,15 @@ def _keep_options(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
     return {**state_dict, "param_groups": own}
 
 
-def clip_full_model(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> Tensor:
+def clip_full_model(optimizer: torch.optim.Optimizer, cfg: CfgNode, in_step: bool = True) -> Tensor:
     """Scale all gradients together so that their total norm is at most ``CLIP_VALUE``, if the config asks for that.
 
-    A fused optimizer scales them in its next step, where it reads them anyway; else they are scaled now.
+    Args:
+        optimizer: of the parameters.
+        cfg: ``SOLVER.CLIP_GRADIENTS``.
+        in_step: let a fused optimizer scale them in its next step, where it reads them anyway, if it does so. Not for
+            one that a ``GradScaler`` steps: that one sets the same attribute, and what it makes of a value that it
+            finds depends on torch's version.
 
     Returns:
         The total norm before clipping, a scalar on the device: of kind ``SOLVER.CLIP_GRADIENTS.NORM_TYPE``.
@@ -117,11 +123,22 @@ def clip_full_model(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> Tensor:
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
         # As torch.nn.utils.clip_grad_norm_ does: no look at the norm, which would wait for the device.
         divisor = torch.clamp((norm + 1e-6) / clip.CLIP_VALUE, min=1.0)
-        if optimizer.defaults.get("fused"):
-            optimizer.grad_scale = divisor.float()  # GradScaler leaves it, once the gradients are unscaled
+        if in_step and optimizer.defaults.get("fused") and _fused_step_divides(divisor.device):
+            optimizer.grad_scale = divisor.float()
         else:
             torch._foreach_div_(gradients, divisor)
     return norm
+
+
+@cache
+def _fused_step_divides(device: torch.device) -> bool:
+    """Whether a fused step divides gradients by the optimizer's ``grad_scale``: tried, as torch does not promise it."""
+    parameter = nn.Parameter(torch.zeros(1, device=device))
+    parameter.grad = torch.full_like(parameter, 6.0)
+    optimizer = torch.optim.AdamW([parameter], betas=(0.0, 0.0), fused=True)
+    optimizer.grad_scale = torch.full((), 3.0, device=device)
+    optimizer.step()
+    return optimizer.state[parameter]["exp_avg"].item() == 2.0
 
 
 def schedule_in_iterations(cfg: CfgNode, num_images: int) -> CfgNode:

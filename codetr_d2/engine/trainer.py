@@ -93,7 +93,7 @@ class StepTrainer(SimpleTrainer):
                 self.grad_scaler.scale(losses.sum() / steps).backward()
             sums = sums + losses.detach() / steps
         self.grad_scaler.unscale_(self.optimizer)
-        norm = clip_full_model(self.optimizer, self.cfg)
+        norm = clip_full_model(self.optimizer, self.cfg, in_step=not self.grad_scaler.is_enabled())
 
         self._write_step([*names, "grad_norm"], torch.cat((sums, norm[None])), data_time, batch)
         self.grad_scaler.step(self.optimizer)

@@ -8,7 +8,12 @@ from detectron2.solver import build_lr_scheduler, get_default_optimizer_params
 from torch import nn
 
 from codetr_d2 import add_codetr_config
-from codetr_d2.engine.optimizer import build_optimizer, clip_full_model, schedule_in_iterations
+from codetr_d2.engine.optimizer import (
+    _fused_step_divides,
+    build_optimizer,
+    clip_full_model,
+    schedule_in_iterations,
+)
 from codetr_d2.modeling.backbones import Eva02
 
 
@@ -194,22 +199,32 @@ def test_full_model_clipping_is_that_of_torch(cfg, norm_type, limit, in_the_step
                 torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_clipping_survives_loss_scaling(cfg):
-    """GradScaler, too, sets the attribute that a fused step reads the divisor from."""
+def test_a_fused_step_that_does_not_divide_is_found_out(cfg, monkeypatch):
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.5
-    model = make_model()
-    optimizer = build_optimizer(cfg, model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 8.0) if parameter.requires_grad else None
-    scaler.scale(torch.zeros(()))  # sets its factor up
-    scaler.unscale_(optimizer)
-    clip_full_model(optimizer, cfg)
-    scaler.step(optimizer)
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(gradient.norm(), torch.tensor(0.5))
+    _fused_step_divides.cache_clear()
+    assert _fused_step_divides(torch.device("cpu"))
+    step = torch.optim.AdamW.step
+
+    def step_without(optimizer):
+        vars(optimizer).pop("grad_scale", None)
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_without)
+    _fused_step_divides.cache_clear()
+    try:
+        assert not _fused_step_divides(torch.device("cpu"))
+        model = make_model()
+        optimizer = build_optimizer(cfg, model)
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 8.0) if parameter.requires_grad else None
+        clip_full_model(optimizer, cfg)
+        optimizer.step()
+        moments = torch.cat([x["exp_avg"].flatten() for x in optimizer.state.values()])
+        torch.testing.assert_close(moments.norm(), torch.tensor(0.05))
+    finally:
+        _fused_step_divides.cache_clear()
 
 
 def test_without_clipping_the_gradient_stays(cfg):

@@ -15,6 +15,7 @@ from torch import nn
 from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
 from codetr_d2.engine import check_config, evaluate, setup
 from codetr_d2.engine.hooks import drop_metrics_from
+from codetr_d2.engine.optimizer import build_optimizer
 from codetr_d2.engine.trainer import CoDETRTrainer, StepTrainer
 from codetr_d2.errors import InputError
 from codetr_d2.modeling.facts import ClassRows
@@ -113,6 +114,27 @@ def test_a_step_is_clipped_over_the_whole_model(make_config):
     moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters())])
     assert moved.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)  # learning rate times the clipped norm
     assert storage.latest()["grad_norm"][0] > 0.01
+
+
+@pytest.mark.parametrize("torch_keeps_it", [True, False])
+def test_a_step_with_loss_scaling_is_clipped(make_config, monkeypatch, torch_keeps_it):
+    """GradScaler sets the attribute that a fused step reads its divisor from; older ones overwrite what is there."""
+    cfg = make_config(*FULL_CLIPPING, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.01)
+    moments = []
+    for scaling in (False, True):
+        torch.manual_seed(0)
+        model = Regression()
+        trainer = StepTrainer(model, random_batches(1, 4), build_optimizer(cfg, model), cfg)
+        if scaling:
+            trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+            if not torch_keeps_it:
+                forgotten = property(lambda self: None, lambda self, value: None, lambda self: None)
+                monkeypatch.setattr(torch.optim.AdamW, "grad_scale", forgotten, raising=False)
+        with EventStorage():
+            trainer.run_step()
+        moments.append(torch.cat([x["exp_avg"].flatten() for x in trainer.optimizer.state.values()]))
+    assert moments[0].norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)  # AdamW's share of a new gradient
+    torch.testing.assert_close(moments[1], moments[0])
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
