@@ -98,7 +98,7 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.REFINE_MASK_HEAD.IOU_LOSS_WEIGHT = 6.0  # of the mask's predicted quality
 
     # bfloat16: inference computes in it what does not need more (autocast), in a fraction of the time on CPUs and GPUs
-    # that have it in hardware. Training has SOLVER.AMP for that.
+    # that have it in hardware: evaluation, prediction and deployment alike. SOLVER.AMP is for training alone.
     _C.MODEL.CODETR.INFERENCE_DTYPE = "float32"
     # Compile backbone, encoder and decoder for inference (torch.compile): worth the minute that the first images take
     # where thousands follow. It needs a C++ compiler, on a GPU Triton.
@@ -155,10 +155,12 @@ def add_codetr_config(cfg: CN) -> None:
     _C.INPUT.COPY_PASTE.MAX_NUM_PASTED = 100
 
     # Training, beside detectron2's SOLVER options.
+    # None: norms decay like everything else, as published; detectron2 has 0 here, and None for WEIGHT_DECAY_BIAS.
+    _C.SOLVER.WEIGHT_DECAY_NORM = None
     # (part of a parameter's name, factor of its learning rate) pairs; the first that fits counts.
     _C.SOLVER.LR_MULTIPLIERS = []
     # < 1: the learning rate of ViT block i of n is multiplied by this to the power of n - i, and biases and norms have
-    # no weight decay.
+    # no weight decay, unless WEIGHT_DECAY_NORM or WEIGHT_DECAY_BIAS gives them one.
     _C.SOLVER.LAYER_DECAY = 1.0
     # The schedule in epochs: > 0 sets MAX_ITER and STEPS from the size of the training set. Periods stay in iterations.
     _C.SOLVER.MAX_EPOCHS = 0

@@ -6,7 +6,6 @@ import os
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint.checkpointer import CoDETRCheckpointer
 from ..config.config_file import resolve_device, save_config
+from ..config.output_dir import check_training_data, training_data
 from ..data.datasets import check_registered, class_names, load_datasets, register_datasets
 from ..data.loader import build_test_loader, build_train_loader
 from ..data.mapper import CoDETRDatasetMapper
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def autocast(cfg: CfgNode) -> torch.autocast:
-    """The context of ``SOLVER.AMP`` for ``MODEL.DEVICE``; one that changes nothing where it is not enabled."""
+    """The context of ``SOLVER.AMP``, for training on ``MODEL.DEVICE``; it changes nothing where that is not enabled."""
     return torch.autocast(
         torch.device(cfg.MODEL.DEVICE).type, dtype=getattr(torch, cfg.SOLVER.AMP.DTYPE), enabled=cfg.SOLVER.AMP.ENABLED
     )
@@ -93,7 +93,7 @@ class StepTrainer(SimpleTrainer):
                 self.grad_scaler.scale(losses.sum() / steps).backward()
             sums = sums + losses.detach() / steps
         self.grad_scaler.unscale_(self.optimizer)
-        norm = clip_full_model(self.optimizer, self.cfg)
+        norm = clip_full_model(self.optimizer, self.cfg, in_step=not self.grad_scaler.is_enabled())
 
         self._write_step([*names, "grad_norm"], torch.cat((sums, norm[None])), data_time, batch)
         self.grad_scaler.step(self.optimizer)
@@ -139,8 +139,8 @@ class StepTrainer(SimpleTrainer):
             super().load_state_dict(state_dict)
         except ValueError as error:
             raise InputError(
-                f"the checkpoint's optimizer has other parameter groups than this config makes ({error}); "
-                "set SOLVER.LR_MULTIPLIERS as they were"
+                f"the checkpoint's optimizer does not fit this config's ({error}); set the options of the model and "
+                "SOLVER.LR_MULTIPLIERS as they were"
             ) from None
         if self.grad_scaler.is_enabled() and state_dict["grad_scaler"]:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
@@ -185,6 +185,7 @@ class CoDETRTrainer(DefaultTrainer):
         logger.info("Seed of this run: %d", self.seed)
         seed_rng(derive_seed(self.seed, "model"))
         data_loader = self.build_train_loader(cfg)
+        self._data = training_data(cfg, len(data_loader.dataset))
         self.cfg = cfg = schedule_in_iterations(cfg, round(data_loader.batch_sampler.epoch_size))
         self.bare_model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, self.bare_model)
@@ -252,14 +253,9 @@ class CoDETRTrainer(DefaultTrainer):
         """Go on from the last checkpoint of ``OUTPUT_DIR`` if ``resume`` and there is one; else load ``MODEL.WEIGHTS``.
 
         Raises:
-            InputError: the file is at fault, or the run is already longer than ``SOLVER.MAX_ITER``.
+            InputError: the file is at fault, or the run has other data or is already longer than ``SOLVER.MAX_ITER``.
         """
         super().resume_or_load(resume)
-        if self.start_iter > self.max_iter:
-            raise InputError(
-                f"SOLVER.MAX_ITER is {self.max_iter}, but the run in {self.cfg.OUTPUT_DIR} has done {self.start_iter} "
-                "iterations already; set it higher, or choose another OUTPUT_DIR"
-            )
         if self.ema and not self.ema.loaded:
             self.ema.restart()
 
@@ -287,10 +283,22 @@ class CoDETRTrainer(DefaultTrainer):
         super().after_train()
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "seed": self.seed}
+        return {**super().state_dict(), "seed": self.seed, "data": self._data}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        check_training_data(self.cfg, state_dict.get("data", self._data), self._data)
+        done = state_dict["iteration"] + 1
+        if done > self.max_iter:
+            raise InputError(
+                f"SOLVER.MAX_ITER is {self.max_iter}, but the run in {self.cfg.OUTPUT_DIR} has done {done} iterations "
+                "already; set it higher, or choose another OUTPUT_DIR"
+            )
+        rates = self.scheduler.base_lrs
         super().load_state_dict(state_dict)
+        # The schedule goes on where it was, with the options of this config.
+        self.scheduler.base_lrs = rates
+        for group, rate in zip(self._trainer.optimizer.param_groups, self.scheduler.get_lr()):
+            group["lr"] = rate
         if state_dict["seed"] != self.seed:
             self.seed = state_dict["seed"]
             logger.info("The resumed run goes on with its seed, %d", self.seed)
@@ -327,12 +335,6 @@ class CoDETRTrainer(DefaultTrainer):
         ``TEST.DETECTIONS_PER_IMAGE`` is.
         """
         return DetectionEvaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
-
-    @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> OrderedDict:
-        """Evaluate on ``DATASETS.TEST``, in the precision of the training."""
-        with autocast(cfg):
-            return super().test(cfg, model, evaluators)
 
 
 class _NoInputErrors(logging.Filter):
@@ -372,6 +374,8 @@ def setup(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
     cfg.MODEL.CODETR.CLASS_NAMES = class_names(cfg)
     if not eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if getattr(cfg, "FLOAT32_PRECISION", ""):  # not every detectron2 has it
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
     cfg.freeze()
     return cfg
 
