@@ -6,6 +6,7 @@ import os
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -335,6 +336,21 @@ class CoDETRTrainer(DefaultTrainer):
         ``TEST.DETECTIONS_PER_IMAGE`` is.
         """
         return DetectionEvaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> OrderedDict:
+        """Evaluate on ``DATASETS.TEST``.
+
+        Raises:
+            InputError: the model computes no finite numbers.
+        """
+        try:
+            return super().test(cfg, model, evaluators)
+        except FloatingPointError as error:
+            raise InputError(
+                f"evaluation stopped: {error}. The weights are damaged, or their training has diverged: take an "
+                "earlier checkpoint, and lower SOLVER.BASE_LR"
+            ) from error
 
 
 class _NoInputErrors(logging.Filter):

@@ -57,20 +57,12 @@ class Predictor(DefaultPredictor):
             InputError: the array is of another kind, or the model computes no finite numbers.
         """
         image = self._in_input_format(original_image)
-        not_finite = InputError(
-            f"{self.cfg.MODEL.WEIGHTS}: the model computes values that are not finite (NaN or infinite) with these "
-            "weights; use others, for instance an earlier checkpoint of the run"
-        )
         try:
-            predictions = super().__call__(image)
-        except AssertionError as error:
-            if "infinite or NaN" in str(error):  # detectron2's Boxes have been clipped
-                raise not_finite from error
-            raise
-        found = predictions.get("instances")
-        if found is not None and not (found.scores.isfinite().all() and found.pred_boxes.tensor.isfinite().all()):
-            raise not_finite
-        return predictions
+            return super().__call__(image)
+        except FloatingPointError as error:
+            raise InputError(
+                f"{self.cfg.MODEL.WEIGHTS}: {error}. Use other weights, for instance an earlier checkpoint of the run"
+            ) from error
 
     def _in_input_format(self, image: np.ndarray) -> np.ndarray:
         """BGR -> ``INPUT.FORMAT``, but for RGB, for which the base class turns the channels around."""

@@ -398,6 +398,14 @@ def test_the_ap_of_an_oracle(make_config, coco_json):
     assert (results["AP-class0"], results["AP-class1"]) == (100, 0)
 
 
+def test_an_evaluation_of_weights_that_are_not_finite(make_config):
+    cfg = make_config()
+    model = CoDETRTrainer.build_model(cfg)
+    model.query_head.decoder.layers[-1].norms[-1].weight.data.fill_(math.nan)
+    with pytest.raises(InputError, match="predictions are not finite.*lower SOLVER.BASE_LR"):
+        CoDETRTrainer.test(cfg, model)
+
+
 def test_lvis_is_evaluated(make_config, coco_json, tmp_path):
     name, folder, path = coco_json[1]
     with open(path) as file:
