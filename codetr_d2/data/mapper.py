@@ -93,13 +93,16 @@ class _Picture(T.AugInput):
                 self.image = part.apply_image(self.image)
 
 
+def _unflipped(image: np.ndarray) -> np.ndarray:
+    """An array that torch takes: flips are negative strides, even along an axis of one pixel."""
+    return image.copy() if any(x < 0 for x in image.strides) else image
+
+
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """[H, W, C] uint8 -> [height, width, C]."""
     if image.shape[:2] == (height, width):
         return image
-    if any(x < 0 for x in image.strides):  # flipped
-        image = image.copy()
-    pixels = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
+    pixels = torch.from_numpy(_unflipped(image)).permute(2, 0, 1).unsqueeze(0)
     resized = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
@@ -176,7 +179,7 @@ class CoDETRDatasetMapper(DatasetMapper):
         elif "annotations" in dataset_dict:
             self._transform_annotations(dataset_dict, transforms, image.shape[:2])
         # One tensor goes between processes through shared memory; anything else would be pickled.
-        dataset_dict["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        dataset_dict["image"] = torch.from_numpy(_unflipped(np.ascontiguousarray(image.transpose(2, 0, 1))))
         return dataset_dict
 
     @property
