@@ -19,7 +19,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # First, as it names the command that mends a missing installation.
 from codetr_d2.config.config_file import resolve_device
-from codetr_d2.engine import check_config, check_output_dir, evaluate, load_config, run_processes, setup, train
+from codetr_d2.engine import (
+    Terminated,
+    check_config,
+    check_output_dir,
+    evaluate,
+    load_config,
+    run_processes,
+    setup,
+    train,
+)
 from codetr_d2.errors import InputError
 from codetr_d2.ops import keep_freed_memory
 
@@ -85,9 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        what = "terminated" if terminated else "interrupted"
+        print(f"{what}; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
+        sys.exit(143 if terminated else 130)
 
 
 if __name__ == "__main__":

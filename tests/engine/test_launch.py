@@ -2,9 +2,11 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 
 import pytest
+from detectron2.utils import comm
 
 import train_net
 from codetr_d2.engine import run_processes
@@ -29,6 +31,25 @@ def raise_input_error(text):
 
 def raise_other_error():
     raise RuntimeError("a fault of our own")
+
+
+def kill_the_second():
+    if comm.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 100
+    while not path.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+
+
+def listed(*command):
+    """The numbers that a command prints."""
+    result = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+    return [int(x) for x in result.stdout.split()]
 
 
 def test_one_process_is_this_one():
@@ -66,6 +87,43 @@ def test_an_interrupted_run_says_how_to_go_on(config_file, capsys, monkeypatch):
     assert exit.value.code == 130 and "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "num_processes, target, signum",
+    [
+        (1, "command", signal.SIGTERM),
+        (2, "command", signal.SIGTERM),
+        (2, "first process", signal.SIGINT),
+        (2, "group", signal.SIGINT),  # as Ctrl-C in a terminal
+    ],
+)
+def test_one_signal_ends_the_job(num_processes, target, signum, start_process, tmp_path):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    changes = options(SOLVER__MAX_ITER=100_000, SOLVER__CHECKPOINT_PERIOD=30)
+    job = start_process("--num-processes", num_processes, *changes, **pipes)
+    wait_for(tmp_path / "run" / "last_checkpoint", job)
+    if target == "group":
+        os.killpg(job.pid, signum)
+    elif target == "command":
+        job.send_signal(signum)
+    else:
+        os.kill(listed("pgrep", "-P", job.pid, "-f", "spawn_main")[0], signum)
+    output = finish(job, 128 + signum).splitlines()
+    word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[signum]
+    assert [line for line in output if line.startswith(word)] == [output[-1]] and "--resume" in output[-1]
+    assert not [line for line in output if "Traceback" in line]
+    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    assert entries[-1]["iteration"] >= 29  # the last steps too, though 20 are written at once
+    deadline = time.monotonic() + 20
+    while listed("pgrep", "-g", job.pid):
+        assert time.monotonic() < deadline, "a process is left"
+        time.sleep(0.1)
+
+
+def test_a_killed_process_is_one_line():
+    with pytest.raises(InputError, match="^process 1 was ended .SIGKILL.; .* memory"):
+        run_processes(kill_the_second, 2, device="cpu")
+
+
 def test_a_killed_run_resumes_to_the_same_end(start_process, config_file, tmp_path, assert_same_weights, capsys):
     common = options(
         SOLVER__MAX_ITER=60, SOLVER__CHECKPOINT_PERIOD=5, DATALOADER__NUM_WORKERS=2, SOLVER__EMA__ENABLED=True
@@ -75,10 +133,7 @@ def test_a_killed_run_resumes_to_the_same_end(start_process, config_file, tmp_pa
 
     folder = tmp_path / "run"
     killed = start_process(*common, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 100
-    while not (folder / "model_0000019.pth").exists():
-        assert time.monotonic() < deadline and killed.poll() is None
-        time.sleep(0.01)
+    wait_for(folder / "model_0000019.pth", killed)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (folder / "model_final.pth").exists()
@@ -119,8 +174,11 @@ def test_two_processes_train_and_evaluate_like_one(start_process, tmp_path, asse
     assert "bbox/AP" in one[-1]
 
 
-def test_mistakes_of_the_user_reach_the_first_process_and_other_errors_keep_their_traceback():
+def test_mistakes_of_the_user_reach_the_first_process_and_other_errors_keep_their_traceback(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(InputError, match="^first$"):
         run_processes(raise_input_error, 2, device="cpu", args=("first",))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3" and not os.listdir(tmp_path)
     with pytest.raises(Exception, match="(?s)Traceback.*in raise_other_error.*a fault of our own"):
         run_processes(raise_other_error, 2, device="cpu")

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from tests.ops.common import needs_cpp
+
+pytestmark = [pytest.mark.slow, needs_cpp]
 
 START = """
 import gc, os, torch
