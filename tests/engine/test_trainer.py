@@ -18,8 +18,8 @@ from codetr_d2.engine.hooks import drop_metrics_from
 from codetr_d2.engine.optimizer import build_optimizer
 from codetr_d2.engine.trainer import CoDETRTrainer, StepTrainer
 from codetr_d2.errors import InputError
-from codetr_d2.modeling.postprocess import detections_from_queries
 from codetr_d2.modeling.facts import ClassRows
+from codetr_d2.modeling.postprocess import detections_from_queries
 
 FULL_CLIPPING = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model")
 
