@@ -17,7 +17,7 @@ from detectron2.modeling import (
     ROI_HEADS_REGISTRY,
 )
 
-from ..data.datasets import check_registered, register_datasets
+from ..data.datasets import register_datasets
 from ..data.loader import TRAIN_SAMPLERS
 from ..errors import InputError
 from ..modeling.facts import check_options
@@ -231,4 +231,3 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
                     f"{key} has {name!r}, which is not registered. DATASETS.COCO_JSON describes {described}: add the "
                     "[name, image folder, annotation json] of yours, or take one of detectron2's, like coco_2017_train"
                 )
-        check_registered(option(cfg, key))
