@@ -1,4 +1,4 @@
-"""``python -m benchmarks annotations`` and ``evaluation``: reading and scoring, in turn with detectron2 and pycocotools.
+"""``python -m benchmarks annotations`` and ``evaluation``: in turn with detectron2 and with pycocotools.
 
 Each run is a process of its own, so that none has the memory, or the files in memory, of another.
 """
