@@ -9,11 +9,14 @@ from typing import BinaryIO
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
-from PIL import Image, ImageFile
+from PIL import Image
 
 from ..errors import InputError
 
-__all__ = ["check_image_file", "is_image_file", "read_image"]
+__all__ = ["NO_PICTURES", "check_image_file", "is_image_file", "read_image"]
+
+# Formats whose headers Pillow reads and whose pictures it doesn't: videos, scientific data, drawings.
+NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 # What Pillow raises on damaged files, depending on the format and on where the damage is.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
@@ -203,5 +206,4 @@ def is_image_file(file_name: str | os.PathLike) -> bool:
                 image = _open(file_name, bare)
     except (OSError, InputError):
         return False
-    # Pillow knows the headers of videos and of scientific data too, and needs another program for PostScript.
-    return not isinstance(image, ImageFile.StubImageFile) and image.format not in ("MPEG", "EPS")
+    return image.format not in NO_PICTURES
