@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -228,40 +229,32 @@ def _crowds(column: list, where: Callable[[int], str]) -> list[int]:
     return crowds
 
 
+def _numbers(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Numbers, which may be written as texts, as float64; None where they are none, or of another shape."""
+    try:
+        array = np.array(value, dtype=np.float64)
+    except (ValueError, TypeError):
+        return None
+    return array if array.shape == shape else None
+
+
 def _areas(column: list, where: Callable[[int], str]) -> np.ndarray:
     """[N] float64; NaN for those that are not given, or that no object has."""
-    try:
-        areas = np.array(column, dtype=np.float64)
-        assert areas.ndim == 1
-    except (ValueError, TypeError, AssertionError):
-        areas = np.full(len(column), np.nan)
-        for i, area in enumerate(column):
-            try:
-                areas[i] = np.nan if area is None else float(area)
-            except (ValueError, TypeError):
-                raise InputError(
-                    f'{where(i)}: "area" is {area!r}; it must be a number of square pixels, or be left out.'
-                ) from None
+    areas = _numbers(column, (len(column),))
+    if areas is None:
+        i = next(i for i, area in enumerate(column) if _numbers(area, ()) is None)
+        raise InputError(f'{where(i)}: "area" is {column[i]!r}; it must be a number of square pixels, or be left out.')
     areas[~((areas > 0) & (areas < np.inf))] = np.nan
     return areas
 
 
 def _boxes(column: list, where: Callable[[int], str], format: str) -> np.ndarray:
-    """[N, 4] float64; a coordinate that is no finite number is NaN."""
-    if not column:
-        return np.zeros((0, 4))
-    try:
-        boxes = np.array(column, dtype=np.float64)
-        assert boxes.shape == (len(column), 4)
-        return boxes
-    except (ValueError, TypeError, AssertionError):
-        pass
-    for i, box in enumerate(column):
-        try:
-            assert np.array(box, dtype=np.float64).shape == (4,) and not isinstance(box, str)
-        except (ValueError, TypeError, AssertionError):
-            raise InputError(f'{where(i)}: "bbox" is {box!r}, not {format}.') from None
-    raise AssertionError("a box is at fault in the column and not by itself")
+    """[N, 4] float64; a coordinate that is null is NaN."""
+    boxes = _numbers(column or np.zeros((0, 4)), (len(column), 4))
+    if boxes is None:
+        i = next(i for i, box in enumerate(column) if _numbers(box, (4,)) is None)
+        raise InputError(f'{where(i)}: "bbox" is {column[i]!r}, not {format}.')
+    return boxes
 
 
 def _as_lists(segmentation):
