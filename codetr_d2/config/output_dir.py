@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 import yaml
 from detectron2.config import CfgNode
 
+from ..checkpoint.checkpointer import check_writable
 from ..errors import InputError
 from .config_file import options_of
 
@@ -41,8 +42,7 @@ def check_output_dir(cfg: CfgNode, resume: bool, eval_only: bool = False) -> Non
         names = os.listdir(folder)
     except OSError as error:
         raise InputError(f"OUTPUT_DIR: cannot use the folder {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"OUTPUT_DIR: the folder {folder} cannot be written")
+    check_writable(folder)
     if eval_only:
         return
     holds_run = any(re.fullmatch(r"model_.*\.pth|last_checkpoint", name) for name in names)
