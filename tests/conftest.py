@@ -1,5 +1,7 @@
 """Options of the whole test suite, and what every test starts with."""
 
+import resource
+
 import matplotlib
 import pytest
 import torch
@@ -23,6 +25,14 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def limit_files():
+    """A function after whose call no file gets larger than ``size`` bytes: writes then fail as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

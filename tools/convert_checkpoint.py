@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 import torch
 
-from codetr_d2.checkpoint.checkpointer import atomic_write
+from codetr_d2.checkpoint.checkpointer import atomic_write, check_writable
 from codetr_d2.checkpoint.convert import checkpoint_to_codetr, checkpoint_to_published
+from codetr_d2.checkpoint.finite import check_finite
 from codetr_d2.checkpoint.published import describe
 from codetr_d2.checkpoint.safe_load import load_torch
 from codetr_d2.engine import load_config
@@ -40,10 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
 def convert(args: argparse.Namespace) -> None:
     if not os.path.isfile(args.input):
         raise InputError(f"{args.input}: no such checkpoint; name the file to convert")
+    folder = os.path.dirname(args.output) or "."
+    if os.path.isdir(args.output):
+        raise InputError(f"{args.output} is a folder; name the file to write")
     if os.path.exists(args.output) and not args.overwrite:
         raise InputError(f"{args.output} exists; choose another name, or replace it with --overwrite")
-    if not os.path.isdir(os.path.dirname(args.output) or "."):
-        raise InputError(f"{args.output}: there is no folder {os.path.dirname(args.output)}; make it first")
+    if not os.path.isdir(folder):
+        raise InputError(f"{args.output}: there is no folder {folder}; make it first")
+    check_writable(folder)
     cfg = load_config(args.config_file, []) if args.config_file else None
     data, dropped = load_torch(args.input)
     unused = {}
@@ -54,9 +59,10 @@ def convert(args: argparse.Namespace) -> None:
             result, unused = checkpoint_to_codetr(data)
     except InputError as error:
         raise InputError(f"{args.input} {error}") from None
+    weights = result.get("model", result.get("state_dict", result))
+    check_finite(args.input, weights)
     atomic_write(args.output, lambda file: torch.save(result, file))
 
-    weights = result.get("model", result.get("state_dict", result))
     print(f"{args.output}: {len(weights)} tensors")
     if unused:
         print("Without a place in the model, and kept for the way back:")

@@ -60,6 +60,7 @@ def read_metrics(output: Path) -> list[dict]:
                 values = json.loads(line)
             except ValueError:  # the run was killed while it wrote the line
                 continue
+            values = {name: math.nan if value is None else value for name, value in values.items()}
             metrics.setdefault(values["iteration"], {}).update(values)
     return [metrics[iteration] for iteration in sorted(metrics)]
 

@@ -1,9 +1,10 @@
 """Checkpoints: written whole or not at all, read without running anything that a file might hold."""
 
 import contextlib
+import fcntl
 import os
 import secrets
-import socket
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
@@ -12,15 +13,16 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, named_disk_problems
 from ..modeling.facts import class_rows, stated
 from ..modeling.query_heads import QUERY_HEAD_REGISTRY
 from .bare_backbone import adapt_backbone
 from .classes import adapt_classifiers, dataset_classes, match_classes, number_of_classes, rows_of
+from .finite import brief, check_finite, not_finite
 from .published import describe, is_published, name_positive_queries, published_to_codetr
 from .safe_load import load_numpy_pickle, load_torch, weights_entry
 
-__all__ = ["CoDETRCheckpointer", "atomic_write"]
+__all__ = ["CoDETRCheckpointer", "atomic_write", "check_writable", "last_whole"]
 
 
 def _are_weights(value: Any) -> bool:
@@ -38,22 +40,24 @@ def atomic_write(path: str, write: Callable[[IO[bytes]], Any]) -> None:
     Args:
         path: the file.
         write: writes the content into the binary file object that it is given.
+
+    Raises:
+        InputError: the disk is full or broken; what was there is still there.
     """
     folder = os.path.dirname(path) or "."
-    # A name of its own, as other processes may write into the same folder.
-    prefix = f".unfinished_{socket.gethostname()}_"
-    temporary = os.path.join(folder, f"{prefix}{os.getpid()}_{secrets.token_hex(4)}")
-    _remove_abandoned(folder, prefix)
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+    _remove_abandoned(folder)
+    with named_disk_problems(path):
+        temporary, file = _new_unfinished(folder)
+        try:
+            with file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(temporary)
+            raise
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # the new name itself
@@ -61,18 +65,52 @@ def atomic_write(path: str, write: Callable[[IO[bytes]], Any]) -> None:
         os.close(descriptor)
 
 
-def _remove_abandoned(folder: str, prefix: str) -> None:
-    """Remove the unfinished files of processes of this machine that were killed."""
+def last_whole(folder: str) -> str:
+    """A sentence that names the last checkpoint of a run, which is always whole."""
+    try:
+        with open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as file:
+            return f"The last whole checkpoint is {os.path.join(folder, file.read().strip())}."
+    except OSError:
+        return "No checkpoint was written before."
+
+
+def check_writable(folder: str) -> None:
+    """Make sure, by doing so, that files can be written into a folder.
+
+    Raises:
+        InputError: there is none, or it cannot be written.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise InputError(
+            f"{folder}: nothing can be written into this folder: {error.strerror}; choose another"
+        ) from None
+
+
+_UNFINISHED = ".unfinished_"
+
+
+def _new_unfinished(folder: str) -> tuple[str, IO[bytes]]:
+    """A file of a name of its own, as others may write into the folder; locked as long as it is open."""
+    while True:
+        path = os.path.join(folder, _UNFINISHED + secrets.token_hex(8))
+        file = open(path, "xb")  # noqa: SIM115
+        with contextlib.suppress(OSError):  # a file system without locks; there nobody removes it either
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(path):  # otherwise it was taken for an abandoned one before it was locked
+            return path, file
+        file.close()
+
+
+def _remove_abandoned(folder: str) -> None:
+    """Remove the unfinished files of processes that were killed: those that nobody has locked."""
     for name in os.listdir(folder):
-        pid = name.removeprefix(prefix).split("_")[0]
-        if name.startswith(prefix) and pid.isdecimal():
-            try:
-                os.kill(int(pid), 0)  # only asks whether there is such a process
-            except ProcessLookupError:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(folder, name))
-            except PermissionError:
-                pass  # there is one, of somebody else
+        if name.startswith(_UNFINISHED):
+            with contextlib.suppress(OSError), open(os.path.join(folder, name), "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.remove(file.name)
 
 
 class CoDETRCheckpointer(DetectionCheckpointer):
@@ -93,7 +131,7 @@ class CoDETRCheckpointer(DetectionCheckpointer):
 
     Raises:
         InputError: from ``load`` and ``resume_or_load``, for a file that is missing, truncated, unsafe, or of another
-            model.
+            model, or with values that are not finite; from ``save``, for such weights and a disk that is full.
     """
 
     def __init__(
@@ -122,6 +160,11 @@ class CoDETRCheckpointer(DetectionCheckpointer):
         data.update((key, item.state_dict()) for key, item in self.checkpointables.items())
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
+        if faulty := not_finite({**data["model"], **data.get("ema", {})}):
+            raise InputError(
+                f"{path}: not written, as the training has diverged: NaN or infinity in {brief(faulty)}. "
+                f"{last_whole(self.save_dir)} Train with a lower SOLVER.BASE_LR."
+            )
         self.logger.info("Saving checkpoint to %s", path)
         atomic_write(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(f"{name}.pth")
@@ -169,7 +212,7 @@ class CoDETRCheckpointer(DetectionCheckpointer):
         data, dropped = load_torch(filename)
         data.pop("matching_heuristics", None)  # an option of MODEL.WEIGHTS, not of a file
         if dropped:
-            self.logger.info("Not read, because it is no tensor and no plain value: %s", _brief(dropped))
+            self.logger.info("Not read, because it is no tensor and no plain value: %s", brief(dropped))
         entry = weights_entry(data)
         if entry and entry != "model":
             data["model"] = data.pop(entry)
@@ -198,6 +241,8 @@ class CoDETRCheckpointer(DetectionCheckpointer):
         if not takes_what_fits:
             _check_family(self._path, weights, own)
             weights, anew = self._adapt_classes(weights, own)
+        used = {name: x for name, x in weights.items() if name in own or takes_what_fits}
+        check_finite(self._path.split("?")[0], {**used, **(checkpoint.get("ema") or {})})
         checkpoint["model"] = weights
         is_detector = any(name.startswith("query_head.") for name in weights)
 
@@ -207,8 +252,8 @@ class CoDETRCheckpointer(DetectionCheckpointer):
             self._raise_incorrect_shapes(incompatible.incorrect_shapes)
         if not self._loaded(incompatible):
             raise InputError(
-                f"{self._path}: no tensor of it belongs to this model: it has {_brief(names)}; the model has "
-                f"{_brief(sorted(own))}"
+                f"{self._path}: no tensor of it belongs to this model: it has {brief(names)}; the model has "
+                f"{brief(sorted(own))}"
             )
         if is_detector and not takes_what_fits:
             self._check_parts(incompatible, set(weights) | anew, set(own))
@@ -285,7 +330,7 @@ class CoDETRCheckpointer(DetectionCheckpointer):
         if others:
             lacking = [name for name in others if name in in_model]
             surplus = [name for name in others if name not in in_model]
-            sides = [f"lacks {_brief(lacking)}"] * bool(lacking) + [f"has {_brief(surplus)}"] * bool(surplus)
+            sides = [f"lacks {brief(lacking)}"] * bool(lacking) + [f"has {brief(surplus)}"] * bool(surplus)
             raise InputError(
                 f"{self._path}: weights of another model, or with names of another version: compared with the model it "
                 f"{' and '.join(sides)}; choose the config that belongs to the file (look at "
@@ -312,9 +357,7 @@ class CoDETRCheckpointer(DetectionCheckpointer):
         place, option = stated(self.model, "OPTIONS_OF_SHAPES", key) or ("", "MODEL")
         if not place and rows_of(key, class_rows(self.model)):
             option = "MODEL.CODETR.NUM_CLASSES"
-        others = (
-            f" (and {len(incorrect) - 1} more: {_brief([k for k, _, _ in incorrect[1:]])})" if incorrect[1:] else ""
-        )
+        others = f" (and {len(incorrect) - 1} more: {brief([k for k, _, _ in incorrect[1:]])})" if incorrect[1:] else ""
         raise InputError(
             f"{self._path}: {key} has the shape {list(in_file)} in the file and {list(in_model)} in the model{others}; "
             f"set {option} as in the file, or load only what fits, for instance to fine-tune on other classes, with "
@@ -333,11 +376,7 @@ class CoDETRCheckpointer(DetectionCheckpointer):
             (other_shape, "tensors have another shape in the checkpoint, and start anew"),
         ):
             if keys:
-                self.logger.warning("%d %s: %s", len(keys), what, _brief(keys))
-
-
-def _brief(names: list[str], shown: int = 4) -> str:
-    return ", ".join(names[:shown]) + (f", ... ({len(names)} in all)" if len(names) > shown else "")
+                self.logger.warning("%d %s: %s", len(keys), what, brief(keys))
 
 
 def _check_family(path: str, weights: dict[str, Tensor], own: dict[str, Tensor]) -> None:

@@ -19,6 +19,8 @@ __all__ = ["load_config", "options_of", "plain", "resolve_device", "save_config"
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Read a config file, the files that its ``_BASE_`` names, and options of the command line, in detectron2's format.
 
+    ``~`` at the start of a path is the home folder.
+
     Args:
         config_file: a YAML file.
         opts: key, value, key, value, ...
@@ -28,7 +30,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     add_codetr_config(cfg)
-    _merge_file(cfg, config_file, ())
+    _merge_file(cfg, os.path.expanduser(config_file), ())
     for key in opts[::2]:
         if key.startswith("-"):
             raise InputError(f"{key}: flags must stand before the KEY VALUE pairs of the command line")
@@ -37,7 +39,17 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     for key, value in zip(opts[::2], opts[1::2]):
         _set(cfg, key, value, "command line")
     _check_schedule(cfg, opts[::2], "command line")
+    cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
+    cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
+    cfg.DATASETS.COCO_JSON = _expanded(cfg.DATASETS.COCO_JSON)
     return cfg
+
+
+def _expanded(entries: object) -> object:
+    """``DATASETS.COCO_JSON`` with the home folder in place of ``~``; what is no entry of it is left to its check."""
+    if isinstance(entries, (list, tuple)):
+        return type(entries)(_expanded(x) for x in entries)
+    return os.path.expanduser(entries) if isinstance(entries, str) else entries
 
 
 def _merge_file(cfg: CfgNode, path: str, parents: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ..checkpoint.checkpointer import check_writable
 from ..errors import InputError
 from .config_file import options_of, plain
 
@@ -51,8 +52,7 @@ def check_output_dir(cfg: CfgNode, resume: bool, eval_only: bool = False) -> Non
         names = os.listdir(folder)
     except OSError as error:
         raise InputError(f"OUTPUT_DIR: cannot use the folder {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"OUTPUT_DIR: the folder {folder} cannot be written")
+    check_writable(folder)
     if eval_only:
         return
     holds_run = any(re.fullmatch(r"model_.*\.pth|last_checkpoint", name) for name in names)

@@ -1,17 +1,19 @@
 """Hooks of the trainer where detectron2's do not survive a resumed run."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import EventWriter, get_event_storage
 
 from ..checkpoint.checkpointer import CoDETRCheckpointer, atomic_write
+from ..errors import named_disk_problems
 
-__all__ = ["BestCheckpointer", "PeriodicCheckpointer", "PeriodicWriter", "drop_metrics_from"]
+__all__ = ["BestCheckpointer", "MetricsWriter", "PeriodicCheckpointer", "PeriodicWriter", "drop_metrics_from"]
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
@@ -82,6 +84,44 @@ class PeriodicWriter(hooks.PeriodicWriter):
                 writer.write()
         else:
             super().after_step()
+
+
+class MetricsWriter(EventWriter):
+    """Appends scalars to ``metrics.json`` as detectron2's ``JSONWriter`` does, one object a line, by iteration.
+
+    What is not finite, like the AP of a class without objects, is null: JSON knows no NaN. A line is there as a whole
+    or not at all.
+
+    Args:
+        path: of the file.
+        window_size: scalars that are smoothed are medians over so many iterations.
+
+    Raises:
+        InputError: from ``write``, where the disk is full.
+    """
+
+    def __init__(self, path: str, window_size: int = 20):
+        self._path = path
+        self._window_size = window_size
+        self._last_write = -1
+
+    def write(self) -> None:
+        entries = {}
+        for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(self._window_size).items():
+            if iteration > self._last_write:
+                entries.setdefault(iteration, {})[name] = value if math.isfinite(value) else None
+        self._last_write = max([self._last_write, *entries])
+        lines = [json.dumps({**entries[x], "iteration": x}, sort_keys=True) + "\n" for x in sorted(entries)]
+        with named_disk_problems(self._path), open(self._path, "ab", buffering=0) as file:
+            size = os.path.getsize(self._path)
+            try:
+                rest = "".join(lines).encode()
+                while rest:
+                    rest = rest[file.write(rest) :]  # as much as there was room for
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
 
 
 def drop_metrics_from(path: str, iteration: int) -> None:

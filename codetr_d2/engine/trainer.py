@@ -6,8 +6,8 @@ import os
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,13 @@ from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from ..checkpoint.checkpointer import CoDETRCheckpointer
+from ..checkpoint.checkpointer import CoDETRCheckpointer, last_whole
 from ..config.config_file import resolve_device, save_config
 from ..config.output_dir import check_training_data, training_data
 from ..data.datasets import check_registered, class_names, load_datasets, register_datasets
@@ -30,10 +30,11 @@ from ..data.loader import build_test_loader, build_train_loader
 from ..data.mapper import CoDETRDatasetMapper
 from ..data.samplers import derive_seed, seed_rng
 from ..data.shared import SharedRecords
-from ..errors import InputError
+from ..errors import InputError, named_disk_problems
 from ..evaluation import DetectionEvaluator, evaluation_style
 from .ema import ModelEMA
-from .hooks import BestCheckpointer, PeriodicCheckpointer, PeriodicWriter, drop_metrics_from
+from .hooks import BestCheckpointer, MetricsWriter, PeriodicCheckpointer, PeriodicWriter, drop_metrics_from
+from .log_file import LogFile, one_line_errors
 from .optimizer import build_optimizer, clip_full_model, schedule_in_iterations
 
 __all__ = ["CoDETRTrainer", "StepTrainer", "autocast", "evaluate", "setup", "train"]
@@ -58,12 +59,12 @@ class StepTrainer(SimpleTrainer):
         model: returns a dict of scalar losses in training; may be wrapped in ``DistributedDataParallel``.
         data_loader: gives this process's share of each batch as a list.
         optimizer: for the parameters of the model.
-        cfg: ``SOLVER`` and ``MODEL.DEVICE``.
+        cfg: ``SOLVER``, ``MODEL.DEVICE`` and ``OUTPUT_DIR``.
         seed: of the run.
 
     Raises:
-        FloatingPointError: a loss or, where no loss scaling is at work, the gradient is not finite. The weights and the
-            state of the optimizer are still those of the step before. The message names the iteration and the images.
+        InputError: a loss or, where no loss scaling is at work, the gradient is not finite. The weights and the state
+            of the optimizer are still those of the step before. The message names the iteration and the images.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class StepTrainer(SimpleTrainer):
             with self.autocast:
                 losses = self.model(batch)
         except FloatingPointError as error:  # detectron2's RPN looks at its proposals before any loss is known
-            raise FloatingPointError(self._message(str(error), _files(batch))) from error
+            raise InputError(self._message(str(error), _files(batch))) from error
         return list(losses), torch.stack([loss.float() for loss in losses.values()])
 
     def _write_step(self, names: list[str], values: Tensor, data_time: float, batch: list[dict]) -> None:
@@ -121,7 +122,7 @@ class StepTrainer(SimpleTrainer):
         if faulty:  # in every process alike, as the values are the mean over all
             files = [file for files in comm.all_gather(_files(batch)) for file in files]
             shown = ", ".join(f"{name}={value}" for name, value in faulty.items())
-            raise FloatingPointError(self._message(f"not finite: {shown}", files))
+            raise InputError(self._message(f"not finite: {shown}", files))
         storage = get_event_storage()
         norm = scalars.pop("grad_norm")
         storage.put_scalars(total_loss=sum(scalars.values()), grad_norm=norm, data_time=data_time, **scalars)
@@ -129,7 +130,7 @@ class StepTrainer(SimpleTrainer):
     def _message(self, what: str, files: list[str]) -> str:
         return (
             f"training stopped at iteration {self.iter}: {what.rstrip('.')}. Images of this step: {', '.join(files)}. "
-            "Checkpoints saved before are whole. Look at the boxes of these images, or lower SOLVER.BASE_LR."
+            f"{last_whole(self.cfg.OUTPUT_DIR)} Look at the boxes of these images, or lower SOLVER.BASE_LR."
         )
 
     def state_dict(self) -> dict:
@@ -241,7 +242,7 @@ class CoDETRTrainer(DefaultTrainer):
         folder = self.cfg.OUTPUT_DIR
         metrics = os.path.join(folder, "metrics.json")
         drop_metrics_from(metrics, self.start_iter)
-        writers = [CommonMetricPrinter(self.max_iter), JSONWriter(metrics)]
+        writers = [CommonMetricPrinter(self.max_iter), MetricsWriter(metrics)]
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError:
@@ -268,13 +269,23 @@ class CoDETRTrainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", None)
 
     def run_step(self) -> None:
-        try:
+        with self._failing_step_does_not_count():
             super().run_step()
-        except BaseException:
-            self.iter -= 1  # the last whole one: hooks must not take a failed last step for the end of the training
-            raise
         if self.ema:
             self.ema.update(self.iter)
+
+    def after_step(self) -> None:
+        with self._failing_step_does_not_count():
+            super().after_step()
+
+    @contextmanager
+    def _failing_step_does_not_count(self) -> Iterator[None]:
+        """After a failure the iteration is the last whole one: its hooks don't take it for the end of the training."""
+        try:
+            yield
+        except BaseException:
+            self.iter -= 1
+            raise
 
     def after_train(self) -> None:
         self._trainer._data_loader_iter_obj = None  # ends its workers, which the last evaluation has no use for
@@ -353,13 +364,6 @@ class CoDETRTrainer(DefaultTrainer):
             ) from error
 
 
-class _NoInputErrors(logging.Filter):
-    """detectron2's loop logs an exception with its traceback; the command line prints an ``InputError`` in one line."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and record.exc_info[0] and issubclass(record.exc_info[0], InputError))
-
-
 def setup(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
     """What each process of a job needs first: loggers, the device, the datasets and the names of their classes.
 
@@ -373,11 +377,14 @@ def setup(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
     cfg.defrost()
     if eval_only:
         cfg.DATASETS.TRAIN = ()  # its files may be missing
+    log_file = LogFile(cfg.OUTPUT_DIR, comm.get_rank())
     for name in ("fvcore", "detectron2", "codetr_d2"):
-        setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name=name)
-    train_loop = logging.getLogger("detectron2.engine.train_loop")
-    if not any(isinstance(f, _NoInputErrors) for f in train_loop.filters):
-        train_loop.addFilter(_NoInputErrors())
+        run_logger = setup_logger(None, comm.get_rank(), name=name)
+        for handler in [x for x in run_logger.handlers if isinstance(x, LogFile)]:  # of a run before, in this process
+            run_logger.removeHandler(handler)
+            handler.close()
+        run_logger.addHandler(log_file)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(one_line_errors)
     logger.info("Process %d of %d. Environment:\n%s", comm.get_rank() + 1, comm.get_world_size(), collect_env_info())
     device = resolve_device(cfg)
     if device != cfg.MODEL.DEVICE:
@@ -401,15 +408,19 @@ def train(cfg: CfgNode, resume: bool = False) -> OrderedDict | None:
 
     Returns:
         The results of the last evaluation on the main process, empty on others; None without any.
+
+    Raises:
+        InputError: the data, the weights or the disk are at fault, or the training diverges.
     """
     trainer = CoDETRTrainer(cfg)
     trainer.resume_or_load(resume)
-    if comm.is_main_process():
-        cfg = trainer.cfg.clone()
-        cfg.defrost()
-        cfg.SEED = trainer.seed
-        save_config(cfg)
-    return trainer.train()
+    with named_disk_problems(cfg.OUTPUT_DIR):
+        if comm.is_main_process():
+            cfg = trainer.cfg.clone()
+            cfg.defrost()
+            cfg.SEED = trainer.seed
+            save_config(cfg)
+        return trainer.train()
 
 
 def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict:
@@ -420,7 +431,8 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict:
     """
     model = CoDETRTrainer.build_model(cfg)
     CoDETRCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    results = CoDETRTrainer.test(cfg, model)
+    with named_disk_problems(cfg.OUTPUT_DIR):
+        results = CoDETRTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

@@ -1,6 +1,11 @@
+import copy
 import io
+import math
 import os
 import pickle
+import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +21,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from codetr_d2 import add_codetr_config
-from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer, atomic_write
+from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer, atomic_write, check_writable
 from codetr_d2.checkpoint.convert import checkpoint_to_codetr
 from codetr_d2.checkpoint.published import codetr_to_published
 from codetr_d2.checkpoint.safe_load import load_numpy_pickle
@@ -65,6 +70,97 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
     atomic_write(str(path), lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, limit_files):
+    checkpointer = CoDETRCheckpointer(Model(), str(tmp_path))
+    checkpointer.save("model_0000001")
+    limit_files((tmp_path / "model_0000001.pth").stat().st_size + 1000)
+    checkpointer.model.added = nn.Linear(100, 1000)
+    with pytest.raises(InputError, match="model_0000003.pth: cannot be written: File too large; make room"):
+        checkpointer.save("model_0000003")
+    with pytest.raises(InputError, match="model_0000001.pth: cannot be written"):
+        checkpointer.save("model_0000001")
+    limit_files(0)
+    with pytest.raises(InputError, match=f"{tmp_path}: nothing can be written into this folder: File too large"):
+        check_writable(str(tmp_path))
+    with pytest.raises(InputError, match="last_checkpoint: cannot be written"):
+        checkpointer.tag_last_checkpoint("model_0000003.pth")
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
+    fresh = Model()
+    CoDETRCheckpointer(fresh, str(tmp_path)).resume_or_load("", resume=True)
+    assert same(fresh.class_embed, checkpointer.model.class_embed)
+
+
+@pytest.mark.slow
+def test_what_killed_processes_left_is_removed(tmp_path):
+    script = """
+import os, sys, time
+from codetr_d2.checkpoint.checkpointer import atomic_write
+def write(file):
+    file.write(b"half")
+    file.flush()
+    print("writes", flush=True)
+    sys.stdin.read()
+atomic_write(sys.argv[1], write)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, tmp_path / name], **pipes) for name in ("killed", "slow")]
+    for process in processes:
+        assert process.stdout.readline() == "writes\n"
+    assert len(os.listdir(tmp_path)) == 2
+    processes[0].kill()
+    processes[0].communicate()
+    atomic_write(str(tmp_path / "other"), lambda file: file.write(b"whole"))
+    assert len(os.listdir(tmp_path)) == 2 and (tmp_path / "other").read_bytes() == b"whole"
+    processes[1].communicate("")
+    assert processes[1].returncode == 0 and sorted(os.listdir(tmp_path)) == ["other", "slow"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path, value):
+    model = Model()
+    checkpointer = CoDETRCheckpointer(model, str(tmp_path))
+    with torch.no_grad():
+        model.reg_embed.weight[1, 2] = value
+    with pytest.raises(InputError, match=r"model_0000001\.pth: not written.*reg_embed\.weight\. No checkpoint was"):
+        checkpointer.save("model_0000001")
+    assert os.listdir(tmp_path) == []
+    checkpointer.model = Model()
+    checkpointer.save("model_0000001")
+    checkpointer.model = model
+    whole = re.escape(str(tmp_path / "model_0000001.pth"))
+    with pytest.raises(InputError, match=rf"model_0000003\.pth: not written.*The last whole checkpoint is {whole}\."):
+        checkpointer.save("model_0000003")
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
+
+    averages = {f"ema.{name}": x for name, x in model.state_dict().items()}
+    for content, options in (
+        ({"model": model.state_dict()}, ""),
+        ({"model": model.state_dict()}, "?matching_heuristics=True"),
+        ({"model": Model().state_dict(), "ema": model.state_dict()}, ""),
+        ({f"module.{name}": x.half() for name, x in model.state_dict().items()}, ""),
+    ):
+        torch.save(content, tmp_path / "bad.pth")
+        fresh = Model()
+        before = copy.deepcopy(fresh)
+        with pytest.raises(InputError, match=r"bad\.pth: NaN or infinity in reg_embed\.weight: the training"):
+            CoDETRCheckpointer(fresh).load(f"{tmp_path}/bad.pth{options}")
+        assert same(fresh, before)
+    torch.save({"model": {**Model().state_dict(), **averages}}, tmp_path / "other.pth")
+    CoDETRCheckpointer(Model()).load(str(tmp_path / "other.pth"))  # what the model doesn't have does not matter
+
+
+def test_large_weights_are_finite(tmp_path):
+    model = Model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(3e38)  # their sums and squares are not
+    CoDETRCheckpointer(model, str(tmp_path)).save("large")
+    fresh = Model()
+    CoDETRCheckpointer(fresh).load(str(tmp_path / "large.pth"))
+    assert same(fresh, model)
 
 
 def test_writers_into_one_folder_do_not_meet(tmp_path):

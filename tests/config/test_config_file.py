@@ -348,3 +348,23 @@ def test_a_file_is_no_folder(config_file, tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(InputError, match="OUTPUT_DIR: cannot use"):
         check_output_dir(load_config(str(config_file)), resume=False)
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("OUTPUT_DIR: ~/run\nDATASETS: {COCO_JSON: [[a, ~/im, ~/a.json]]}\n")
+    cfg = load_config("~/config.yaml", ["MODEL.WEIGHTS", "~/x.pth?matching_heuristics=True"])
+    assert cfg.OUTPUT_DIR == f"{tmp_path}/run"
+    assert cfg.MODEL.WEIGHTS == f"{tmp_path}/x.pth?matching_heuristics=True"
+    assert cfg.DATASETS.COCO_JSON == [["a", f"{tmp_path}/im", f"{tmp_path}/a.json"]]
+    check_output_dir(cfg, resume=False)
+    save_config(cfg)
+    assert load_config(f"{tmp_path}/run/config.yaml").OUTPUT_DIR == cfg.OUTPUT_DIR
+    assert "~" not in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_folder_below_a_file_or_of_the_system(config_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "run", "/proc", "/proc/run"):
+        with pytest.raises(InputError, match=f"{folder}.*: (Not a directory|No such file|Permission|Operation not)"):
+            check_output_dir(load_config(str(config_file), ["OUTPUT_DIR", str(folder)]), resume=False)

@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import math
@@ -12,12 +13,14 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+import train_net
 from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
 from codetr_d2.engine import check_config, evaluate, setup
-from codetr_d2.engine.hooks import drop_metrics_from
+from codetr_d2.engine.hooks import MetricsWriter, drop_metrics_from
 from codetr_d2.engine.optimizer import build_optimizer
 from codetr_d2.engine.trainer import CoDETRTrainer, StepTrainer
 from codetr_d2.errors import InputError
+from codetr_d2.evaluation import DetectionEvaluator
 from codetr_d2.modeling.facts import ClassRows
 from codetr_d2.modeling.postprocess import detections_from_queries
 
@@ -145,7 +148,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_config, 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = step_trainer(make_config(), random_batches(1, 2), model)
     trainer.iter = 41
-    with EventStorage(), pytest.raises(FloatingPointError, match=r"iteration 41.*loss_a=.*image0\.png, image1\.png"):
+    with EventStorage(), pytest.raises(InputError, match=r"iteration 41.*loss_a=.*image0\.png, image1\.png"):
         trainer.run_step()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -156,7 +159,7 @@ def test_a_gradient_that_is_not_finite_stops_too(make_config):
         def forward(self, batch):
             return {"loss": (self.layer.weight * 0).sum().sqrt()}  # 0, with an infinite derivative times 0
 
-    with EventStorage(), pytest.raises(FloatingPointError, match="not finite: grad_norm=nan"):
+    with EventStorage(), pytest.raises(InputError, match="not finite: grad_norm=nan"):
         step_trainer(make_config(), random_batches(1, 2), RootOfZero()).run_step()
 
 
@@ -165,7 +168,7 @@ def test_an_error_of_detectron2s_rpn_names_iteration_and_images(make_config):
         def forward(self, batch):
             raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
 
-    with EventStorage(), pytest.raises(FloatingPointError, match=r"iteration 0: Predicted boxes.*image1\.png"):
+    with EventStorage(), pytest.raises(InputError, match=r"iteration 0: Predicted boxes.*image1\.png"):
         step_trainer(make_config(), random_batches(1, 2), Diverged()).run_step()
 
 
@@ -180,7 +183,9 @@ def test_a_diverged_run_keeps_its_checkpoints_and_is_not_evaluated(make_config, 
         run_step()
 
     trainer.run_step = run_step_with_fault
-    with pytest.raises(FloatingPointError, match=r"iteration 3.*loss_cls=nan.*\.png"):
+    with pytest.raises(
+        InputError, match=r"iteration 3.*loss_cls=nan.*\.png.*last whole checkpoint is .*model_0000001.pth"
+    ):
         trainer.train()
     assert not hasattr(trainer, "_last_eval_results")
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000001.pth"
@@ -441,12 +446,10 @@ def test_copy_paste_is_the_same_whatever_process_maps_the_images(run_training, t
         assert torch.equal(first[name], second[name])
 
 
-def test_a_metric_that_does_not_exist_is_reported_once(run_training, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, "detectron2"):
-        logging.getLogger("detectron2").propagate = True
-        run_training("TEST.BEST_CHECKPOINT_METRIC", "segm/AP", "TEST.EVAL_PERIOD", 2)
-        logging.getLogger("detectron2").propagate = False
-    assert caplog.text.count("'segm/AP'") == 1 and "bbox/AP50" in caplog.text
+def test_a_metric_that_does_not_exist_is_reported_once(run_training, tmp_path):
+    run_training("TEST.BEST_CHECKPOINT_METRIC", "segm/AP", "TEST.EVAL_PERIOD", 2)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("'segm/AP'") == 1 and "bbox/AP50" in log
     assert (tmp_path / "run" / "model_final.pth").exists()
     assert not (tmp_path / "run" / "model_best.pth").exists()
 
@@ -478,6 +481,92 @@ def test_the_precision_of_float32_products_is_set(make_config):
             check_config(cfg)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_metrics_are_json_whatever_their_values(tmp_path):
+    path = tmp_path / "metrics.json"
+    writer = MetricsWriter(str(path))
+    with EventStorage(7) as storage:
+        storage.put_scalars(total_loss=2.0)
+        storage.put_scalars(**{"bbox/AP-cat": math.nan, "bbox/AP": math.inf}, smoothing_hint=False)
+        writer.write()
+        writer.write()
+        storage.step()
+        storage.put_scalars(total_loss=1.0)
+        writer.write()
+
+    def no_constant(name):
+        raise ValueError(f"{name} is no JSON")
+
+    lines = [json.loads(line, parse_constant=no_constant) for line in path.read_text().splitlines()]
+    assert lines == [
+        {"iteration": 7, "total_loss": 2.0, "bbox/AP-cat": None, "bbox/AP": None},
+        {"iteration": 8, "total_loss": 1.5},  # the median of both
+    ]
+
+
+def test_metrics_on_a_full_disk_end_with_a_whole_line(tmp_path, limit_files):
+    path = tmp_path / "metrics.json"
+    writer = MetricsWriter(str(path))
+    with EventStorage(0) as storage:
+        storage.put_scalars(total_loss=2.0)
+        writer.write()
+        before = path.read_bytes()
+        limit_files(len(before) + 10)
+        storage.step()
+        storage.put_scalars(total_loss=1.0)
+        with pytest.raises(InputError, match="metrics.json: cannot be written: File too large"):
+            writer.write()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "size, file",
+    [(2_000, "log.txt"), (8_000, "config.yaml"), (16_000, "model_0000002.pth"), (None, "run")],
+    ids=["log", "config", "checkpoint", "results"],
+)
+def test_a_full_disk_is_one_line_and_what_is_whole_stays(
+    size, file, config_file, tmp_path, capfd, limit_files, monkeypatch
+):
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # of a logger whose output another test has closed
+    if size:
+        limit_files(size)
+    else:
+        monkeypatch.setattr(DetectionEvaluator, "evaluate", no_space)
+    opts = ["SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 5]
+    with pytest.raises(SystemExit) as exit:
+        train_net.main(["--config-file", str(config_file), *map(str, opts)])
+    output, errors = capfd.readouterr()
+    last = errors.strip().splitlines()[-1]
+    assert exit.value.code == 2 and last.startswith(f"error: {tmp_path}/run") and f"{file}: " in last
+    assert "Traceback" not in output + errors
+    whole = {"results": "model_0000002.pth"}.get("results" if size is None else "")
+    left = tmp_path / "run" / "last_checkpoint"
+    assert (left.read_text() if left.exists() else None) == whole
+    assert not [name for name in os.listdir(tmp_path / "run") if name.startswith(".")]
+
+
+def no_space(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_weights_that_diverge_in_the_last_step_are_not_kept(make_config, tmp_path):
+    """The loss of that step was finite. The run is not evaluated either."""
+    trainer = CoDETRTrainer(make_config("SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 4))
+    run_step = trainer.run_step
+
+    def run_step_with_fault():
+        run_step()
+        if trainer.iter == 3:
+            with torch.no_grad():
+                trainer.model.class_embed.bias.fill_(math.nan)
+
+    trainer.run_step = run_step_with_fault
+    with pytest.raises(InputError, match=r"model_0000003\.pth: not written.*class_embed\.bias.*model_0000001\.pth"):
+        trainer.train()
+    assert not hasattr(trainer, "_last_eval_results")
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert not (tmp_path / "run" / "model_final.pth").exists()
 
 
 def test_unknown_evaluators_are_named(make_config):

@@ -2,12 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-KEYS = Path(__file__).parents[1] / "reference" / "data" / "keys" / "co_dino_5scale_vit_large_coco.json"
+ROOT = Path(__file__).parents[2]
+KEYS = ROOT / "tests" / "reference" / "data" / "keys" / "co_dino_5scale_vit_large_coco.json"
 
 
 @pytest.fixture
@@ -87,3 +90,47 @@ def test_faulty_files_are_one_line(script, published, tmp_path, capsys, damage):
     named = output if damage == "folder" else published
     assert message.startswith(f"error: {named}") and message.count("\n") == 1
     assert not output.exists()
+
+
+@pytest.mark.slow
+def test_two_conversions_at_once(published, tmp_path):
+    """Into one folder, to other files and to the same one: each file is whole."""
+    command = [sys.executable, "-W", "ignore", ROOT / "tools" / "convert_checkpoint.py", published]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    names = ["one.pth", "two.pth", "same.pth", "same.pth"]
+    jobs = [subprocess.Popen([*command, tmp_path / name, "--overwrite"], env=environment) for name in names]
+    assert [job.wait() for job in jobs] == [0, 0, 0, 0]
+    first, *others = (torch.load(tmp_path / name, weights_only=True)["model"] for name in names[:3])
+    for other in others:
+        assert list(other) == list(first) and all(torch.equal(x, other[name]) for name, x in first.items())
+    assert sorted(os.listdir(tmp_path)) == ["one.pth", "published.pth", "same.pth", "two.pth"]
+
+
+def test_where_nothing_can_be_written(script, published, tmp_path, capsys, monkeypatch):
+    """It is found before the file is read."""
+    monkeypatch.setattr(script, "load_torch", lambda path: pytest.fail("the file was read"))
+    (tmp_path / "folder").mkdir()
+    for output, message in (
+        (published / "x.pth", "there is no folder"),
+        ("/proc/x.pth", "/proc: nothing can be written into this folder"),
+        (tmp_path / "folder", "is a folder; name the file to write"),
+    ):
+        assert run(script, published, output, "--overwrite") == 2
+        printed = capsys.readouterr().err
+        assert message in printed and printed.count("\n") == 1
+
+
+def test_a_full_disk(script, published, tmp_path, capsys, limit_files):
+    limit_files(1000)
+    assert run(script, published, tmp_path / "ours.pth") == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/ours.pth: cannot be written: File too large")
+    assert os.listdir(tmp_path) == ["published.pth"]
+
+
+def test_weights_that_are_not_finite(script, published, tmp_path, capsys):
+    data = torch.load(published, weights_only=True)
+    data["state_dict"]["query_head.transformer.level_embeds"][0] = float("nan")
+    torch.save(data, published)
+    assert run(script, published, tmp_path / "ours.pth") == 2
+    assert "published.pth: NaN or infinity in query_head." in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["published.pth"]

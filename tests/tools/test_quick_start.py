@@ -59,7 +59,8 @@ def make_run(quick_start, tmp_path):
             (output / "model_final.pth").rename(output / "model_0000059.pth")
             (output / "last_checkpoint").write_text("model_0000059.pth")
             lines = lines[:-2]
-        (output / "metrics.json").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        text = "".join(json.dumps(x) + "\n" for x in lines).replace("NaN", "null")
+        (output / "metrics.json").write_text(text)
         return output
 
     return make
