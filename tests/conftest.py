@@ -1,5 +1,6 @@
 """Options of the whole test suite, and what every test starts with."""
 
+import logging
 import resource
 
 import matplotlib
@@ -31,6 +32,10 @@ def seed():
 def limit_files():
     """A function after whose call no file gets larger than ``size`` bytes: writes then fail as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name in ("fvcore", "detectron2", "codetr_d2"):  # log files of earlier tests would be too large
+        for handler in [x for x in logging.getLogger(name).handlers if isinstance(x, logging.FileHandler)]:
+            logging.getLogger(name).removeHandler(handler)
+            handler.close()
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
