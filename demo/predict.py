@@ -20,6 +20,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+# Where another program wants the cores, OpenMP threads that actively wait for each other take many times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # FFmpeg's remarks on files that are no videos, or damaged ones: what is wrong with a file is said here.
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -38,7 +40,7 @@ from codetr_d2.config.config_file import load_config, resolve_device
 from codetr_d2.data import read_image
 from codetr_d2.errors import InputError
 from codetr_d2.evaluation.mask_scores import add_mask_scores
-from codetr_d2.inference import DetectionsFile, Predictor, cannot_be_written, find_media, name_drawings
+from codetr_d2.inference import DetectionsFile, Predictor, cannot_be_written, encode_mask, find_media, name_drawings
 from codetr_d2.ops import keep_freed_memory
 from codetr_d2.visualization import draw_predictions
 
@@ -99,8 +101,13 @@ class Detector:
     def __call__(self, image: np.ndarray, long_side: int) -> tuple[np.ndarray, dict]:
         """[H, W, 3] uint8 BGR -> its drawing, [H', W', 3] uint8 RGB, and its entry in detections.json."""
         found: Instances = self.predictor(image)["instances"]
-        found = found[found.scores >= self.score_threshold].to("cpu")
-        detections, results = [], instances_to_coco_json(found, 0)
+        kept = found.scores >= self.score_threshold
+        found = (found if kept.all() else found[kept]).to("cpu")  # masks of a large picture are not copied in vain
+        boxes = Instances(found.image_size, **{k: v for k, v in found.get_fields().items() if k != "pred_masks"})
+        detections, results = [], instances_to_coco_json(boxes, 0)
+        if found.has("pred_masks"):
+            for result, mask, box in zip(results, found.pred_masks.numpy(), found.pred_boxes.tensor.tolist()):
+                result["segmentation"] = encode_mask(mask, box)
         add_mask_scores(results, found)
         for detection in results:
             category = detection["category_id"]
