@@ -20,6 +20,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+# Where another program wants the cores, OpenMP threads that actively wait for each other take many times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # FFmpeg's remarks on files that are no videos, or damaged ones: what is wrong with a file is said here.
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -98,7 +100,8 @@ class Detector:
     def __call__(self, image: np.ndarray, long_side: int) -> tuple[np.ndarray, dict]:
         """[H, W, 3] uint8 BGR -> its drawing, [H', W', 3] uint8 RGB, and its entry in detections.json."""
         found: Instances = self.predictor(image)["instances"]
-        found = found[found.scores >= self.score_threshold].to("cpu")
+        kept = found.scores >= self.score_threshold
+        found = (found if kept.all() else found[kept]).to("cpu")  # masks of a large picture are not copied in vain
         detections = []
         for detection in to_coco_results(found, 0):
             category = detection["category_id"]

@@ -22,6 +22,7 @@ from ..checkpoint.checkpointer import atomic_write
 from ..data.annotations import AnnotatedImages
 from ..data.datasets import annotated_images
 from ..errors import InputError
+from .mask_encoding import encode_mask
 
 __all__ = ["DetectionEvaluator", "average_precisions", "evaluation_style", "to_coco_results"]
 
@@ -51,9 +52,15 @@ def evaluation_style(dataset_name: str) -> Style:
 def to_coco_results(detections: Instances, image_id: int | str) -> list[dict]:
     """Detections of an image on the CPU in COCO's format of results, with ``category_id`` as class index.
 
-    Where masks have scores of their own (``mask_scores``), each result has its as ``mask_score``.
+    Masks (``pred_masks``) must lie in their boxes, as detectron2 pastes them. Where they have scores of their own
+    (``mask_scores``), each result has its as ``mask_score``.
     """
-    results = instances_to_coco_json(detections, image_id)
+    fields = {key: value for key, value in detections.get_fields().items() if key != "pred_masks"}
+    results = instances_to_coco_json(Instances(detections.image_size, **fields), image_id)
+    if detections.has("pred_masks"):
+        boxes = detections.pred_boxes.tensor.tolist()
+        for result, mask, box in zip(results, detections.pred_masks.numpy(), boxes):
+            result["segmentation"] = encode_mask(mask, box)
     if detections.has("mask_scores"):
         for result, score in zip(results, detections.mask_scores.tolist()):
             result["mask_score"] = score

@@ -4,4 +4,11 @@ from .detections_file import DetectionsFile, cannot_be_written
 from .files import MediaFile, find_media, name_drawings
 from .predictor import Predictor
 
-__all__ = ["DetectionsFile", "MediaFile", "Predictor", "cannot_be_written", "find_media", "name_drawings"]
+__all__ = [
+    "DetectionsFile",
+    "MediaFile",
+    "Predictor",
+    "cannot_be_written",
+    "find_media",
+    "name_drawings",
+]
