@@ -11,6 +11,7 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ..errors import InputError
+from .other_files import is_safetensors, what_else
 
 __all__ = ["load_numpy_pickle", "load_torch", "one_line", "weights_entry"]
 
@@ -108,6 +109,8 @@ def load_numpy_pickle(path: str) -> dict:
         with open(path, "rb") as file:
             data = _to_numpy(_NumpyUnpickler(file, encoding="latin1").load(), {})
     except Exception as error:  # unpickling damaged data may raise nearly any error
+        if answer := what_else(path):
+            raise InputError(f"{path}: {answer}") from None
         raise InputError(
             f"{path}: not a readable pickle of numpy arrays ({one_line(error)}); download it again, "
             "or save the weights as a .pth file with torch.save(state_dict)"
@@ -174,7 +177,7 @@ _NUMPY = {
 
 
 def load_torch(path: str) -> tuple[dict, list[str]]:
-    """Read a file of ``torch.save`` on the CPU, with ``weights_only``.
+    """Read a file of ``torch.save`` on the CPU, with ``weights_only``; or one of safetensors.
 
     Checkpoints of other frameworks describe their training in objects of their own classes. Nothing is imported or
     called for them: an object that does nothing is read in their place, and then left out. Numbers of numpy become
@@ -187,6 +190,8 @@ def load_torch(path: str) -> tuple[dict, list[str]]:
         InputError: the file is truncated, is no checkpoint, holds no dict, asks for functions of the operating system,
             or has such an object in the place of a weight.
     """
+    if is_safetensors(path):
+        return _load_safetensors(path), []
     unknown: dict[str, type] = {}  # what the file asks for -> its stand-in
     try:
         if zipfile.is_zipfile(path):  # otherwise the weights might be read before the first unknown name is met
@@ -209,6 +214,8 @@ def load_torch(path: str) -> tuple[dict, list[str]]:
         if unknown:
             data = _without_stand_ins(data, "", dropped, {})
     except Exception as error:  # damaged data may raise nearly any error
+        if answer := what_else(path):
+            raise InputError(f"{path}: {answer}") from None
         # torch refuses objects of an intact archive with UnpicklingError; legacy files are no archives.
         if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).replace(" ", "_").lower():
             refused = re.findall(r"GLOBAL (\S+)", str(error)) or sorted(unknown) or ["an unknown kind"]
@@ -217,8 +224,11 @@ def load_torch(path: str) -> tuple[dict, list[str]]:
                     f"{path}: holds Python objects beside tensors ({refused[0]}), which are not loaded because "
                     "that could run code; where the file was made, save the state dict alone"
                 ) from None
+        reason = one_line(error)
+        if "weights_only" in reason:  # torch's advice, to read the file without any check, is not ours
+            reason = "it begins like none"
         raise InputError(
-            f"{path}: truncated, damaged, or not a PyTorch checkpoint ({one_line(error)}); copy or download "
+            f"{path}: truncated, damaged, or not a PyTorch checkpoint ({reason}); copy or download "
             "it again, or resume from an older one by writing its name into the file last_checkpoint"
         ) from None
     if not isinstance(data, dict):
@@ -228,6 +238,21 @@ def load_torch(path: str) -> tuple[dict, list[str]]:
         if entry and name.startswith(f"{entry}."):
             raise InputError(f"{path}: {name} is a Python object where a weight should be; the file is not used")
     return data, dropped
+
+
+def _load_safetensors(path: str) -> dict:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError(
+            f"{path}: a safetensors file, to read which a package is missing: pip install safetensors"
+        ) from None
+    try:
+        return load_file(path)
+    except Exception as error:  # its own class of errors, and those of the file
+        raise InputError(
+            f"{path}: a truncated or damaged safetensors file ({one_line(error)}); copy it again"
+        ) from None
 
 
 def weights_entry(data: dict) -> str:

@@ -308,15 +308,15 @@ WHOLE_PICKLE = pickle.dumps({"model": {"class_embed.bias": np.zeros(5, np.float3
     "name, content, message",
     [
         ("a.pth", WHOLE[: len(WHOLE) // 2], "truncated, damaged"),
-        ("a.pth", b"", "truncated, damaged"),
-        ("a.pth", b"<html>not found</html>", "truncated, damaged"),
+        ("a.pth", b"", "is empty; download the file again"),
+        ("a.pth", b"<html>not found</html>", "is an HTML page, .* download the file again"),
         ("a.pth", bytes_of(torch.save, [1, 2]), "holds a list"),
         ("a.pth", bytes_of(torch.save, {"model": {"a": 3}}), "no dict of named tensors"),
         ("a.pth", bytes_of(torch.save, {"model": {"x.weight": torch.zeros(1)}}), "no tensor of it belongs"),
         ("a.pth", bytes_of(torch.save, {1: torch.zeros(1)}), "no dict of named tensors"),
         ("a.pyth", bytes_of(torch.save, {"model_state": Model().state_dict()}), "convert this file of pycls"),
         ("a.pkl", WHOLE_PICKLE[:-20], "not a readable pickle"),
-        ("a.pkl", b"<html>", "not a readable pickle"),
+        ("a.pkl", b"<html>", "is an HTML page"),
         ("a.pkl", pickle.dumps([1]), "holds a list"),
     ],
 )

@@ -1,9 +1,12 @@
+import gzip
 import os
 import pickle
 import re
 import subprocess
 import sys
+import tarfile
 import types
+import zipfile
 from collections import OrderedDict, defaultdict
 
 import numpy as np
@@ -216,3 +219,75 @@ def test_pickles_of_other_protocols_are_refused(tmp_path):
         with pytest.raises(InputError, match=r"x\.pth: "):
             load_torch(str(path))
     assert not marker.exists()
+
+
+def write_zip(path, *names):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"x")
+
+
+def write_tar(path):
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(__file__, "weights.pth")
+
+
+def write_onnx(path):
+    """A model of one addition, in the format's own bytes: version 8, by "pytorch", a graph."""
+    path.write_bytes(b'\x08\x08\x12\x07pytorch\x1a\x052.3.0:\x1a\n\x0b\n\x01x\n\x01x\x12\x01y"\x03Add\x12\x01g')
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+PAGE = b"\n<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head></html>"
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.pkl", "x.bin"])
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "is empty; download the file again"),
+        (lambda path: path.write_bytes(PAGE), "is an HTML page, .*; download the file again"),
+        (lambda path: path.write_bytes(b"\xef\xbb\xbf<?xml version='1.0'?><Error/>"), "is an HTML page"),
+        (lambda path: path.write_bytes(POINTER), r"is a pointer of git LFS .*; download the file again \(git lfs pull"),
+        (lambda path: path.write_text('{"error": "not found"}'), """is a text file, which begins '{"error": "not"""),
+        (lambda path: write_zip(path, "folder/weights.pth"), r"is a zip archive of other files \(folder/weights.pth"),
+        (lambda path: np.savez(open(path, "wb"), a=np.zeros(2)), "is a file of numpy's savez"),
+        (write_tar, "is a tar archive; unpack it"),
+        (lambda path: path.write_bytes(gzip.compress(b"x" * 100)), "is compressed with gzip; unpack it"),
+        (write_onnx, "is an ONNX model"),
+        (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100)), "is an HDF5 file"),
+        (lambda path: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), path), "is a TorchScript program"),
+    ],
+    ids=["empty", "page", "xml", "lfs", "json", "zip", "npz", "tar", "gzip", "onnx", "hdf5", "torchscript"],
+)
+def test_other_files_are_told_for_what_they_are(tmp_path, write, message, name):
+    path = tmp_path / name
+    write(path)
+    with pytest.raises(InputError, match=f"{name}: {message}") as error:
+        (load_numpy_pickle if name == "x.pkl" else load_torch)(str(path))
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_torchs_advice_is_not_passed_on(tmp_path):
+    path = tmp_path / "x.pth"
+    for content in (bytes(range(256)), b"\x80\x02" + bytes(50), b"\x00" * 2000):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"x\.pth: ") as error:
+            load_torch(str(path))
+        assert "weights_only" not in str(error.value) and "arbitrary code" not in str(error.value)
+
+
+def test_safetensors(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "x.pth"
+    save_file(dict(WEIGHTS), path)
+    data, dropped = load_torch(str(path))
+    assert dropped == [] and data.keys() == WEIGHTS.keys()
+    assert all(torch.equal(data[name], WEIGHTS[name]) for name in WEIGHTS)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError, match=r"x\.pth: a truncated or damaged safetensors file"):
+        load_torch(str(path))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(InputError, match=r"x\.pth: a safetensors file, .*: pip install safetensors"):
+        load_torch(str(path))

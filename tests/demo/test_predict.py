@@ -324,7 +324,7 @@ def test_weights_that_are_not_finite(predict, options, run_folder, picture, tmp_
     Image.fromarray(picture).save(tmp_path / "y.png")
     files = (tmp_path / "x.png", tmp_path / "y.png")
     assert re.search(
-        "^error: .*nan.pth.* not finite",
+        "^error: .*nan.pth: NaN or infinity in ",
         error_of(predict, capsys, *files, *options, f"--weights={tmp_path / 'nan.pth'}"),
     )
     assert read_entries(tmp_path) == []

@@ -55,6 +55,23 @@ def test_masks_are_not_squeezed_at_the_border(monkeypatch, mask_head, eval_head)
 
 @pytest.mark.parametrize("mask_head", ["roi", "refine"])
 @torch.no_grad()
+def test_masks_are_predicted_for_the_box_inside_the_image(monkeypatch, mask_head):
+    """Those of the real mask heads, for a box that reaches into the padding and for the part of it that does not."""
+    options = ("MODEL.MASK_ON", True, "MODEL.CODETR.MASK_HEAD", mask_head, "MODEL.CODETR.CANVAS_SIZE", CANVAS)
+    model = build(*options).eval()
+    [sample] = make_batch(1)
+    results = []
+    for boxes in (BOXES[:3], INSIDE):
+        fields = {"scores": torch.tensor([0.9, 0.8, 0.7]), "pred_classes": torch.arange(3)}
+        found = Instances((CANVAS, CANVAS), pred_boxes=Boxes(torch.tensor(boxes).float()), **fields)
+        monkeypatch.setattr(model.query_head, "finish", lambda *_, found=found: [found])
+        results.append(model([{"image": sample["image"], "height": 300, "width": 400}])[0]["instances"])
+    assert torch.equal(results[0].pred_masks, results[1].pred_masks) and results[0].pred_masks.flatten(1).any(1).all()
+    assert torch.equal(results[0].pred_boxes.tensor, results[1].pred_boxes.tensor)
+
+
+@pytest.mark.parametrize("mask_head", ["roi", "refine"])
+@torch.no_grad()
 def test_no_detection_inside_the_image(monkeypatch, mask_head):
     options = ("MODEL.MASK_ON", True, "MODEL.CODETR.MASK_HEAD", mask_head, "MODEL.CODETR.CANVAS_SIZE", CANVAS)
     model = build(*options).eval()
