@@ -1,5 +1,6 @@
 """Options of the whole test suite, and what every test starts with."""
 
+import contextlib
 import logging
 import resource
 
@@ -30,14 +31,25 @@ def seed():
 
 @pytest.fixture
 def limit_files():
-    """A function after whose call no file gets larger than ``size`` bytes: writes then fail as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for name in ("fvcore", "detectron2", "codetr_d2"):  # log files of earlier tests would be too large
-        for handler in [x for x in logging.getLogger(name).handlers if isinstance(x, logging.FileHandler)]:
-            logging.getLogger(name).removeHandler(handler)
-            handler.close()
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    """A context in which no file gets larger than ``size`` bytes: writes then fail as on a full disk.
+
+    Not for longer than the code under test: pytest's own output may go into a file.
+    """
+
+    @contextlib.contextmanager
+    def limit(size):
+        for name in ("fvcore", "detectron2", "codetr_d2"):  # log files of earlier tests would be too large
+            for handler in [x for x in logging.getLogger(name).handlers if isinstance(x, logging.FileHandler)]:
+                logging.getLogger(name).removeHandler(handler)
+                handler.close()
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 @pytest.fixture

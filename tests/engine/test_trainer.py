@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import logging
@@ -512,11 +513,11 @@ def test_metrics_on_a_full_disk_end_with_a_whole_line(tmp_path, limit_files):
         storage.put_scalars(total_loss=2.0)
         writer.write()
         before = path.read_bytes()
-        limit_files(len(before) + 10)
         storage.step()
         storage.put_scalars(total_loss=1.0)
-        with pytest.raises(InputError, match="metrics.json: cannot be written: File too large"):
-            writer.write()
+        with limit_files(len(before) + 10):
+            with pytest.raises(InputError, match="metrics.json: cannot be written: File too large"):
+                writer.write()
     assert path.read_bytes() == before
 
 
@@ -529,12 +530,10 @@ def test_a_full_disk_is_one_line_and_what_is_whole_stays(
     size, file, config_file, tmp_path, capfd, limit_files, monkeypatch
 ):
     monkeypatch.setattr(logging, "raiseExceptions", False)  # of a logger whose output another test has closed
-    if size:
-        limit_files(size)
-    else:
+    if size is None:
         monkeypatch.setattr(DetectionEvaluator, "evaluate", no_space)
     opts = ["SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 5]
-    with pytest.raises(SystemExit) as exit:
+    with limit_files(size) if size else contextlib.nullcontext(), pytest.raises(SystemExit) as exit:
         train_net.main(["--config-file", str(config_file), *map(str, opts)])
     output, errors = capfd.readouterr()
     last = errors.strip().splitlines()[-1]

@@ -121,8 +121,8 @@ def test_where_nothing_can_be_written(script, published, tmp_path, capsys, monke
 
 
 def test_a_full_disk(script, published, tmp_path, capsys, limit_files):
-    limit_files(1000)
-    assert run(script, published, tmp_path / "ours.pth") == 2
+    with limit_files(1000):
+        assert run(script, published, tmp_path / "ours.pth") == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/ours.pth: cannot be written: File too large")
     assert os.listdir(tmp_path) == ["published.pth"]
 
