@@ -1,5 +1,6 @@
 """The compiled library that ``setup.py`` builds: the operators for the CPU."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,12 @@ __all__ = ["BUILD_COMMAND", "library_is_loaded", "library_problem"]
 BUILD_COMMAND = f"{sys.executable} -m pip install --no-build-isolation --no-deps -e ."
 
 
+_LEFT_OUT = "CODETR_D2_NO_CPP is set, so its C++ library is left out"
+
+
 def _load() -> str:
+    if os.environ.get("CODETR_D2_NO_CPP", "0") not in ("", "0"):  # as setup.py reads it
+        return _LEFT_OUT
     libraries = sorted(Path(__file__).parents[1].glob("_C.*"))
     if not libraries:
         return "its C++ library is not built"
@@ -35,4 +41,4 @@ def library_is_loaded() -> bool:
 def library_problem() -> str:
     """Why the compiled library can't be used and how to mend that, "" if it can."""
     how = f"with a C++ compiler, this command in the project's folder builds it: {BUILD_COMMAND}"
-    return f"{_problem}; {how}" if _problem else ""
+    return _problem if _problem in ("", _LEFT_OUT) else f"{_problem}; {how}"

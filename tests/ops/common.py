@@ -61,7 +61,8 @@ def run_copy(folder, script, library, **environment):
     for file in [PACKAGE / "errors.py", *(PACKAGE.glob("_C.*") if library else [])]:
         shutil.copy(file, package)
     (package / "__init__.py").touch()  # the other rooms take long to import and don't matter here
-    environment = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    inherited = {name: value for name, value in os.environ.items() if name != "CODETR_D2_NO_CPP"}
+    environment = {**inherited, "PYTHONPATH": str(folder), **environment}
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
