@@ -520,7 +520,7 @@ def _read_mask(segmentation, size: tuple[int, int] | None) -> list | dict | None
             polygons = [x for x in segmentation if len(x) >= 6 and len(x) % 2 == 0 and math.isfinite(sum(x))]
         except TypeError:  # something else among the numbers
             return _read_mask([x for x in segmentation if _is_polygon(x)], size)
-        return polygons or None
+        return (segmentation if len(polygons) == len(segmentation) else polygons) or None  # mostly: no list more
     if isinstance(segmentation, dict) and size is not None:
         try:
             counts, own_size = segmentation["counts"], [_whole(x) for x in segmentation["size"]]
