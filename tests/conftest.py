@@ -1,5 +1,6 @@
 """Options of the whole test suite, and what every test starts with."""
 
+import logging
 import resource
 
 import matplotlib
@@ -28,8 +29,10 @@ def seed():
 
 
 @pytest.fixture
-def limit_files():
+def limit_files(monkeypatch):
     """A function after whose call no file gets larger than ``size`` bytes: writes then fail as on a full disk."""
+    for name in ("fvcore", "detectron2", "codetr_d2"):  # the logs of runs before
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

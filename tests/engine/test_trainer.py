@@ -1,6 +1,5 @@
 import errno
 import json
-import logging
 import math
 import os
 from collections import defaultdict
@@ -405,7 +404,6 @@ def test_metrics_on_a_full_disk_end_with_a_whole_line(tmp_path, limit_files):
 def test_a_full_disk_is_one_line_and_what_is_whole_stays(
     size, file, config_file, tmp_path, capfd, limit_files, monkeypatch
 ):
-    monkeypatch.setattr(logging, "raiseExceptions", False)  # of a logger whose output another test has closed
     if size:
         limit_files(size)
     else:
