@@ -120,11 +120,8 @@ def load_numpy_pickle(path: str) -> dict:
     return data
 
 
-class _Inert(list):
-    """What stands in for an object of a class that is not loaded: takes what the file says of it, and drops it.
-
-    A list, because torch appends to nothing else.
-    """
+class _Inert:
+    """What stands in for an object of a class that is not loaded: takes what the file says of it, and drops it."""
 
     def __new__(cls, *args):
         return super().__new__(cls)
@@ -135,14 +132,10 @@ class _Inert(list):
     def __setstate__(self, state: Any) -> None:
         pass
 
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise pickle.UnpicklingError(
+            f"Can only SETITEM for dict, but got {type(self)}"
+        )  # as newer versions of torch do
 
 
 class _InertMapping:
@@ -150,6 +143,13 @@ class _InertMapping:
 
     def __new__(cls, *args):
         return OrderedDict()
+
+
+class _InertList:
+    """What stands in for a kind of list: a plain one, because torch appends to nothing else."""
+
+    def __new__(cls, *args):
+        return []
 
 
 class _Dtype(_Inert):
@@ -180,8 +180,8 @@ def load_torch(path: str) -> tuple[dict, list[str]]:
     """Read a file of ``torch.save`` on the CPU, with ``weights_only``; or one of safetensors.
 
     Checkpoints of other frameworks describe their training in objects of their own classes. Nothing is imported or
-    called for them: an object that does nothing is read in their place, and then left out. Numbers of numpy become
-    plain ones.
+    called for them: an object that does nothing is read in their place, and then left out. Kinds of dict and list, and
+    numbers of numpy, become plain ones.
 
     Returns:
         The content, and what was left out, like ``"meta.history (mmcv.HistoryBuffer)"``.
@@ -203,10 +203,13 @@ def load_torch(path: str) -> tuple[dict, list[str]]:
                 break
             except pickle.UnpicklingError as error:
                 more = {name: _stand_in_class(name) for name in _unknown_globals(error) - unknown.keys()}
-                # torch names the class where an item is set: it is a kind of dict.
-                match = re.search(r"Can only SETITEMS? for .* but got <class '\S*safe_load\.(\S+)'>", str(error))
-                if match and issubclass(unknown.get(match[1], _InertMapping), _Inert):
-                    more[match[1]] = type(match[1], (_InertMapping,), {})
+                # torch names the class where an item is set or appended: it is a kind of dict or of list.
+                match = re.search(
+                    r"Can only (SETITEMS? for|append to|extend) .*but got <class '\S*safe_load\.(\S+)'>", str(error)
+                )
+                if match and issubclass(unknown.get(match[2], _InertMapping), _Inert):
+                    kind = _InertMapping if match[1].startswith("SETITEM") else _InertList
+                    more[match[2]] = type(match[2], (kind,), {})
                 if not more:
                     raise
                 unknown |= more
@@ -273,7 +276,7 @@ def _unknown_globals(error: Exception) -> set[str]:
 def _stand_in(value: Any) -> str:
     """What a value stands in for, "" where it is none."""
     kind = value if isinstance(value, type) else type(value)
-    return kind.__name__ if issubclass(kind, (_Inert, _InertMapping)) else ""
+    return kind.__name__ if issubclass(kind, (_Inert, _InertMapping, _InertList)) else ""
 
 
 def _without_stand_ins(value: Any, path: str, dropped: list[str], seen: dict[int, Any]) -> Any:

@@ -88,6 +88,7 @@ def test_objects_of_unknown_classes_are_left_out(tmp_path, strange, monkeypatch,
     assert list(data) == ["meta", "state_dict"] and weights_entry(data) == "state_dict"
     assert all(torch.equal(data["state_dict"][key], WEIGHTS[key]) for key in WEIGHTS)
     kept = {"epoch": 12, "CLASSES": ("cat", "dog"), "list": [1, {"kept": 2}], "best": 0.5, "flags": [True, -3, 0.25]}
+    kept["items"] = [1, 2]
     assert type(data["meta"]["best"]) is float and type(data["meta"]["flags"][0]) is bool
     assert data["meta"] == {**kept, "config": {"lr": 0.1}, "counts": {"loss": [1.0, 2.0]}}
     assert len(dropped) == 9

@@ -1,7 +1,6 @@
 import contextlib
 import errno
 import json
-import logging
 import math
 import os
 from collections import defaultdict
@@ -529,7 +528,6 @@ def test_metrics_on_a_full_disk_end_with_a_whole_line(tmp_path, limit_files):
 def test_a_full_disk_is_one_line_and_what_is_whole_stays(
     size, file, config_file, tmp_path, capfd, limit_files, monkeypatch
 ):
-    monkeypatch.setattr(logging, "raiseExceptions", False)  # of a logger whose output another test has closed
     if size is None:
         monkeypatch.setattr(DetectionEvaluator, "evaluate", no_space)
     opts = ["SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 5]

@@ -112,7 +112,13 @@ def _backend_of(value: Tensor, backend: str) -> str:
     return name if value.dtype in dtypes else "eager"
 
 
-@torch.library.custom_op("codetr_d2::ms_deform_attn", mutates_args=())
+# Written out: older versions of torch cannot infer it from these annotations.
+_ARGUMENTS = (
+    "Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights, str backend='auto'"
+)
+
+
+@torch.library.custom_op("codetr_d2::ms_deform_attn", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
 def _ms_deform_attn(
     value: Tensor,
     spatial_shapes: Sequence[int],
@@ -127,7 +133,11 @@ def _ms_deform_attn(
     return _triton_kernels().ms_deform_attn_triton(*inputs) if name == "triton" else ms_deform_attn_eager(*inputs)
 
 
-@torch.library.custom_op("codetr_d2::ms_deform_attn_backward", mutates_args=())
+@torch.library.custom_op(
+    "codetr_d2::ms_deform_attn_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_output, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+)
 def _ms_deform_attn_backward(
     grad_output: Tensor,
     value: Tensor,
