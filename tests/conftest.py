@@ -2,6 +2,7 @@
 
 import logging
 import resource
+from contextlib import contextmanager
 
 import matplotlib
 import pytest
@@ -30,12 +31,20 @@ def seed():
 
 @pytest.fixture
 def limit_files(monkeypatch):
-    """A function after whose call no file gets larger than ``size`` bytes: writes then fail as on a full disk."""
+    """A context in which no file gets larger than ``size`` bytes: writes then fail as on a full disk."""
     for name in ("fvcore", "detectron2", "codetr_d2"):  # the logs of runs before
         monkeypatch.setattr(logging.getLogger(name), "handlers", [])
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    @contextmanager
+    def limit(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:  # at once: pytest may write into a file too
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 @pytest.fixture
