@@ -1,8 +1,8 @@
 """Options of the whole test suite, and what every test starts with."""
 
-import contextlib
 import logging
 import resource
+from contextlib import contextmanager
 
 import matplotlib
 import pytest
@@ -30,23 +30,18 @@ def seed():
 
 
 @pytest.fixture
-def limit_files():
-    """A context in which no file gets larger than ``size`` bytes: writes then fail as on a full disk.
+def limit_files(monkeypatch):
+    """A context in which no file gets larger than ``size`` bytes: writes then fail as on a full disk."""
+    for name in ("fvcore", "detectron2", "codetr_d2"):  # the logs of runs before
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
 
-    Not for longer than the code under test: pytest's own output may go into a file.
-    """
-
-    @contextlib.contextmanager
+    @contextmanager
     def limit(size):
-        for name in ("fvcore", "detectron2", "codetr_d2"):  # log files of earlier tests would be too large
-            for handler in [x for x in logging.getLogger(name).handlers if isinstance(x, logging.FileHandler)]:
-                logging.getLogger(name).removeHandler(handler)
-                handler.close()
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
         try:
             yield
-        finally:
+        finally:  # at once: pytest may write into a file too
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limit

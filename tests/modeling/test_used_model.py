@@ -101,7 +101,8 @@ def test_export_of_the_whole_model(query_head, backend):
     model = build("MODEL.CODETR.QUERY_HEAD", query_head, "MODEL.MS_DEFORM_ATTN", backend).eval()
     core = _Core(model).eval()
     with torch.no_grad():
-        program = torch.export.export(core, (torch.randn(1, 3, 96, 128),))
+        # Not strict is the default of newer versions of torch.
+        program = torch.export.export(core, (torch.randn(1, 3, 96, 128),), strict=False)
         images = torch.randn(1, 3, 96, 128)
         for ours, expected in zip(program.module()(images), core(images)):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ head's width alone decides. Sums are float32, whatever the tensors are.
 """
 
 import functools
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ from .checks import check_inputs
 
 __all__ = ["INTERPRETED", "TRITON_DTYPES", "ms_deform_attn_triton", "ms_deform_attn_triton_backward", "probe"]
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 TILE = 512  # elements of a tile: 16 bytes of float32 for each thread of four warps
