@@ -15,7 +15,6 @@ python -m benchmarks loop --config-file configs/...   # train_net.py's iteration
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -153,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args.run(args)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":
