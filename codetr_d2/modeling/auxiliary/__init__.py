@@ -4,6 +4,7 @@ from .anchors import RatioMajorAnchorGenerator
 from .atss import ATSSHead
 from .base import AUX_HEAD_REGISTRY, AuxiliaryHead, auxiliary_head_names, build_auxiliary_head
 from .dense import DenseHead, DenseTargets
+from .retinanet import RetinaNetHead
 from .roi import CoROIHeads, CoRPN, ROIHead
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "DenseTargets",
     "ROIHead",
     "RatioMajorAnchorGenerator",
+    "RetinaNetHead",
     "auxiliary_head_names",
     "build_auxiliary_head",
 ]

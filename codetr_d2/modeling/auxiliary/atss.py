@@ -1,7 +1,5 @@
 """The ATSS auxiliary head."""
 
-import math
-
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -13,7 +11,7 @@ from torchvision.ops import generalized_box_iou_loss
 from ...distributed import reduce_mean
 from ...errors import InputError
 from ...layers import focal_loss
-from ...option_checks import positive, within
+from ...option_checks import positive
 from ..assigners.atss import assign_atss
 from ..facts import ClassRows
 from .anchors import square_anchors
@@ -48,9 +46,8 @@ class ATSSHead(DenseHead):
 
     @classmethod
     def check_options(cls, cfg: CfgNode) -> None:
-        positive(cfg, "MODEL.ATSS.TOPK", "MODEL.ATSS.ANCHOR_SCALE", "MODEL.ATSS.PRE_NMS_TOPK_TEST")
-        within(cfg, 0, math.inf, "MODEL.ATSS.NUM_CONVS")
-        within(cfg, 0, 1, "MODEL.ATSS.NMS_THRESH_TEST")
+        super().check_options(cfg)
+        positive(cfg, "MODEL.ATSS.TOPK", "MODEL.ATSS.ANCHOR_SCALE")
         if len(weights := cfg.MODEL.ATSS.BBOX_REG_WEIGHTS) != 4:
             raise InputError(
                 f"MODEL.ATSS.BBOX_REG_WEIGHTS is {weights}; it must have four entries: for x, y, width and height"
