@@ -94,6 +94,17 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.RETINANET.LOSS_CLS = 1.0
     _C.MODEL.RETINANET.LOSS_BOX = 2.0
     _C.MODEL.RETINANET.SOFT_NMS = False
+    # The FCOS auxiliary head.
+    _C.MODEL.FCOS = CN()
+    _C.MODEL.FCOS.NUM_CONVS = 1  # stacked convolutions before the predictors
+    _C.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5  # positive points lie so near the centre of their object, in strides
+    _C.MODEL.FCOS.LOSS_CLS = 1.0
+    _C.MODEL.FCOS.LOSS_BOX = 1.0
+    _C.MODEL.FCOS.LOSS_CENTERNESS = 1.0
+    _C.MODEL.FCOS.SCORE_THRESH_TEST = 0.05  # class probability, before it is multiplied by the centre-ness
+    _C.MODEL.FCOS.PRE_NMS_TOPK_TEST = 1000  # of each level
+    _C.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+    _C.MODEL.FCOS.SOFT_NMS = False
     _C.MODEL.ROI_HEADS.SOFT_NMS = False
     _C.MODEL.RPN.NMS_THRESH_TEST = 0.7  # of the proposals at inference; MODEL.RPN.NMS_THRESH is that of training
 

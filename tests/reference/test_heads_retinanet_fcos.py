@@ -14,11 +14,12 @@ from detectron2.structures import Boxes, Instances
 
 from codetr_d2 import add_codetr_config
 from codetr_d2.modeling.auxiliary import build_auxiliary_head
+from codetr_d2.modeling.auxiliary.anchors import centerness_of
 from codetr_d2.modeling.pyramid import FeaturePyramid, build_pyramid
 from tests.reference.conftest import reference_dir
 from tests.reference.recordings import ROOT
 
-HEADS = ("retinanet",)
+HEADS = ("retinanet", "fcos")
 OUTPUTS = 1e-4
 LOSSES = 1e-4  # relative
 GRADIENTS = 1e-3  # relative
@@ -187,6 +188,9 @@ def test_assignment(case):
         torch.testing.assert_close(
             case.samples.boxes[i][positive], case.recorded[f"pos_boxes_{i}"], rtol=0, atol=COORDINATES
         )
+        if case.meta["head"] == "fcos" and f"pos_quality_{i}" in case.recorded:
+            quality = centerness_of(case.samples.boxes[i][positive], boxes[positive])
+            torch.testing.assert_close(quality, case.recorded[f"pos_quality_{i}"])
         tokens = torch.arange(len(labels)) // case.head.anchors_per_cell
         assert torch.equal(case.samples.features[i][positive], case.pyramid.tokens[i][tokens[positive]])
     assert next(assigned, None) is None

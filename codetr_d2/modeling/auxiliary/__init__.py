@@ -4,6 +4,7 @@ from .anchors import RatioMajorAnchorGenerator
 from .atss import ATSSHead
 from .base import AUX_HEAD_REGISTRY, AuxiliaryHead, auxiliary_head_names, build_auxiliary_head
 from .dense import DenseHead, DenseTargets
+from .fcos import FCOSHead
 from .retinanet import RetinaNetHead
 from .roi import CoROIHeads, CoRPN, ROIHead
 
@@ -15,6 +16,7 @@ __all__ = [
     "CoRPN",
     "DenseHead",
     "DenseTargets",
+    "FCOSHead",
     "ROIHead",
     "RatioMajorAnchorGenerator",
     "RetinaNetHead",

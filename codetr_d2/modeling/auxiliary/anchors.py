@@ -9,7 +9,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
 from torch import Tensor
 
-__all__ = ["RatioMajorAnchorGenerator", "decode_deltas", "square_anchors", "valid_anchors"]
+__all__ = ["RatioMajorAnchorGenerator", "centerness_of", "decode_deltas", "square_anchors", "valid_anchors"]
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()
@@ -82,3 +82,11 @@ def decode_deltas(transform: Box2BoxTransform, deltas: Tensor, anchors: Tensor) 
     dw = dw.clamp(min=-transform.scale_clamp * width_weight)
     dh = dh.clamp(min=-transform.scale_clamp * height_weight)
     return transform.apply_deltas(torch.stack([dx, dy, dw, dh], dim=1), anchors)
+
+
+def centerness_of(anchors: Tensor, gt_boxes: Tensor) -> Tensor:
+    """How central [P, 4] boxes ``gt_boxes`` have the centres of [P, 4] ``anchors``: [P], from 0 (border) to 1."""
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    left_top, right_bottom = centers - gt_boxes[:, :2], gt_boxes[:, 2:] - centers
+    ratios = torch.minimum(left_top, right_bottom) / torch.maximum(left_top, right_bottom)  # horizontal, vertical
+    return ratios.prod(dim=1).sqrt()

@@ -14,7 +14,7 @@ from ...layers import focal_loss
 from ...option_checks import positive
 from ..assigners.atss import assign_atss
 from ..facts import ClassRows
-from .anchors import square_anchors
+from .anchors import centerness_of, square_anchors
 from .base import AUX_HEAD_REGISTRY
 from .dense import DenseHead, DenseTargets
 
@@ -106,7 +106,7 @@ class ATSSHead(DenseHead):
         loss_cls = (focal_loss(logits, targets.labels) * targets.is_trained).sum() / num_positives
 
         anchors, gt_boxes = targets.positives()
-        centerness_targets = _centerness(anchors, gt_boxes)
+        centerness_targets = centerness_of(anchors, gt_boxes)
         loss_box = generalized_box_iou_loss(self.decode(deltas[positive], anchors), gt_boxes) * centerness_targets
         loss_box = loss_box.sum() / reduce_mean(centerness_targets.sum()).clamp(min=1)
 
@@ -120,11 +120,3 @@ class ATSSHead(DenseHead):
     def score(self, probabilities: Tensor, centerness: Tensor) -> Tensor:
         """See the base class."""
         return probabilities * centerness.sigmoid()
-
-
-def _centerness(anchors: Tensor, gt_boxes: Tensor) -> Tensor:
-    """How central [P, 4] boxes ``gt_boxes`` have the centres of [P, 4] ``anchors``: [P], from 0 (border) to 1."""
-    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
-    left_top, right_bottom = centers - gt_boxes[:, :2], gt_boxes[:, 2:] - centers
-    ratios = torch.minimum(left_top, right_bottom) / torch.maximum(left_top, right_bottom)  # horizontal, vertical
-    return ratios.prod(dim=1).sqrt()
