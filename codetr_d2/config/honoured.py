@@ -28,6 +28,8 @@ HONOURED = (
         "MODEL.ROI_BOX_HEAD.*",
         "MODEL.ROI_MASK_HEAD.*",
     ),
+    *(f"MODEL.RETINANET.{name}" for name in ("NUM_CONVS", "IOU_THRESHOLDS", "IOU_LABELS", "BBOX_REG_WEIGHTS")),
+    *(f"MODEL.RETINANET.{name}_TEST" for name in ("SCORE_THRESH", "TOPK_CANDIDATES", "NMS_THRESH")),
     *(f"MODEL.ANCHOR_GENERATOR.{name}" for name in ("NAME", "SIZES", "ASPECT_RATIOS", "OFFSET")),
     *("INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "INPUT.MAX_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST"),
     *("INPUT.MAX_SIZE_TEST", "INPUT.RANDOM_FLIP", "INPUT.CROP.ENABLED", "INPUT.CROP.TYPE", "INPUT.CROP.SIZE"),
@@ -66,17 +68,25 @@ REFUSED = {
     "GLOBAL.HACK": "nothing reads it",
 }
 
-_LEVELS = "CoDETR's ROI head reads the levels of the transformer and one above them: see MODEL.CODETR.IN_FEATURES"
+_LEVELS = "CoDETR's heads read the levels of the transformer and one above them: see MODEL.CODETR.IN_FEATURES"
+_NUM_CLASSES = "CoDETR has its number of classes from MODEL.CODETR.NUM_CLASSES: set that"
+_GIOU = "CoDETR's RetinaNet head has a GIoU loss"
 _NO_FEDERATED_LOSS = "CoDETR has no federated loss"
 # What has no effect with CoDETR, and why; other detectors read it.
 REFUSED_BY_CODETR = {
     "MODEL.RPN.IN_FEATURES": _LEVELS,
     "MODEL.ROI_HEADS.IN_FEATURES": _LEVELS,
-    "MODEL.ROI_HEADS.NUM_CLASSES": "CoDETR has its number of classes from MODEL.CODETR.NUM_CLASSES: set that",
+    "MODEL.ROI_HEADS.NUM_CLASSES": _NUM_CLASSES,
     "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": _NO_FEDERATED_LOSS,
     "MODEL.ROI_BOX_HEAD.FED_LOSS_*": _NO_FEDERATED_LOSS,
     "MODEL.ROI_BOX_CASCADE_HEAD.*": "CoDETR's ROI head, CoROIHeads, has no cascade",
-    "MODEL.RETINANET.*": "CoDETR has no RetinaNet: see MODEL.CODETR and MODEL.ATSS",
+    "MODEL.RETINANET.IN_FEATURES": _LEVELS,
+    "MODEL.RETINANET.NUM_CLASSES": _NUM_CLASSES,
+    "MODEL.RETINANET.PRIOR_PROB": "CoDETR's RetinaNet head starts from a probability of 0.01",
+    "MODEL.RETINANET.FOCAL_LOSS_*": "CoDETR's RetinaNet head has the focal loss of its paper",
+    "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": _GIOU,
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _GIOU,
+    "MODEL.RETINANET.NORM": "CoDETR's RetinaNet head has no normalisation",
     "VIS_PERIOD": "CoDETR draws no pictures while it trains",
 }
 
