@@ -4,6 +4,7 @@ from .anchors import RatioMajorAnchorGenerator
 from .atss import ATSSHead
 from .base import AUX_HEAD_REGISTRY, AuxiliaryHead, auxiliary_head_names, build_auxiliary_head
 from .dense import DenseHead, DenseTargets
+from .gfl import GFLHead
 from .roi import CoROIHeads, CoRPN, ROIHead
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "CoRPN",
     "DenseHead",
     "DenseTargets",
+    "GFLHead",
     "ROIHead",
     "RatioMajorAnchorGenerator",
     "auxiliary_head_names",
