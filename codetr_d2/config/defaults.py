@@ -86,6 +86,7 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.ATSS.LOSS_CLS = 1.0
     _C.MODEL.ATSS.LOSS_BOX = 2.0
     _C.MODEL.ATSS.LOSS_CENTERNESS = 1.0
+    _C.MODEL.ATSS.SCORE_THRESH_TEST = 0.0  # class probability that a detection must exceed
     _C.MODEL.ATSS.PRE_NMS_TOPK_TEST = 1000  # of each level
     _C.MODEL.ATSS.NMS_THRESH_TEST = 0.6
     _C.MODEL.ATSS.SOFT_NMS = False  # lower the scores of what overlaps instead of dropping it
@@ -105,6 +106,19 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.FCOS.PRE_NMS_TOPK_TEST = 1000  # of each level
     _C.MODEL.FCOS.NMS_THRESH_TEST = 0.6
     _C.MODEL.FCOS.SOFT_NMS = False
+    # The GFL auxiliary head, which assigns as ATSS does.
+    _C.MODEL.GFL = CN()
+    _C.MODEL.GFL.NUM_CONVS = 1
+    _C.MODEL.GFL.ANCHOR_SCALE = 8.0
+    _C.MODEL.GFL.TOPK = 9
+    _C.MODEL.GFL.REG_MAX = 16  # distances of a box's sides from the cell are predicted up to so many strides
+    _C.MODEL.GFL.LOSS_CLS = 1.0
+    _C.MODEL.GFL.LOSS_BOX = 2.0
+    _C.MODEL.GFL.LOSS_DFL = 0.25
+    _C.MODEL.GFL.SCORE_THRESH_TEST = 0.05
+    _C.MODEL.GFL.PRE_NMS_TOPK_TEST = 1000
+    _C.MODEL.GFL.NMS_THRESH_TEST = 0.6
+    _C.MODEL.GFL.SOFT_NMS = False
     _C.MODEL.ROI_HEADS.SOFT_NMS = False
     _C.MODEL.RPN.NMS_THRESH_TEST = 0.7  # of the proposals at inference; MODEL.RPN.NMS_THRESH is that of training
 

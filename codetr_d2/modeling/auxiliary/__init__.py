@@ -5,6 +5,7 @@ from .atss import ATSSHead
 from .base import AUX_HEAD_REGISTRY, AuxiliaryHead, auxiliary_head_names, build_auxiliary_head
 from .dense import DenseHead, DenseTargets
 from .fcos import FCOSHead
+from .gfl import GFLHead
 from .retinanet import RetinaNetHead
 from .roi import CoROIHeads, CoRPN, ROIHead
 
@@ -17,6 +18,7 @@ __all__ = [
     "DenseHead",
     "DenseTargets",
     "FCOSHead",
+    "GFLHead",
     "ROIHead",
     "RatioMajorAnchorGenerator",
     "RetinaNetHead",

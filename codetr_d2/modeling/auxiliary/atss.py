@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
 from ...distributed import reduce_mean
-from ...errors import InputError
 from ...layers import focal_loss
 from ...option_checks import positive
 from ..assigners.atss import assign_atss
@@ -48,10 +47,6 @@ class ATSSHead(DenseHead):
     def check_options(cls, cfg: CfgNode) -> None:
         super().check_options(cfg)
         positive(cfg, "MODEL.ATSS.TOPK", "MODEL.ATSS.ANCHOR_SCALE")
-        if len(weights := cfg.MODEL.ATSS.BBOX_REG_WEIGHTS) != 4:
-            raise InputError(
-                f"MODEL.ATSS.BBOX_REG_WEIGHTS is {weights}; it must have four entries: for x, y, width and height"
-            )
 
     def class_rows(self) -> dict[str, ClassRows]:
         return {"cls_score": ClassRows()}
@@ -94,7 +89,7 @@ class ATSSHead(DenseHead):
         """Box deltas and centre-ness logits; see the base class."""
         return self.box_deltas(x) * self.scales[level], self.centerness(x)
 
-    def assign(self, anchors: Tensor, anchors_per_level: list[int], gt_boxes: Tensor, *_) -> Tensor:
+    def assign(self, anchors: Tensor, anchors_per_level: list[int], gt_boxes: Tensor) -> Tensor:
         """See the base class."""
         return assign_atss(anchors, anchors_per_level, gt_boxes, self.topk)
 

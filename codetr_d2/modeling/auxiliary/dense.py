@@ -1,8 +1,6 @@
 """What all one-stage auxiliary heads have in common."""
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +11,9 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...errors import InputError
 from ...layers import soft_nms
-from ...option_checks import positive, within
+from ...option_checks import option, positive, share, within
 from ..pyramid import FeaturePyramid, Geometry
 from ..structures import PositiveSamples
 from .anchors import valid_anchors
@@ -68,8 +67,8 @@ class DenseHead(AuxiliaryHead):
     * ``options``, the name of its node of the config below ``MODEL``, and ``loss_names``; ``topk_option``, where that
       is not the name of the option of ``pre_nms_topk``;
 
-    and where it differs from the rule here :meth:`training_sizes`, :meth:`score`, :meth:`select` and :meth:`suppress`.
-    It may be called under autocast: all these methods get float32.
+    and where it differs from the rule here :meth:`training_sizes`, :meth:`refine`, :meth:`score`, :meth:`select` and
+    :meth:`suppress`. It may be called under autocast: all these methods get float32.
     """
 
     options: str
@@ -143,7 +142,14 @@ class DenseHead(AuxiliaryHead):
         node = f"MODEL.{cls.options}"
         within(cfg, 0, math.inf, f"{node}.NUM_CONVS", *(f"{node}.{name.upper()}" for name in cls.loss_names))
         within(cfg, 0, 1, f"{node}.NMS_THRESH_TEST")
+        share(cfg, f"{node}.SCORE_THRESH_TEST")
         positive(cfg, f"{node}.{cls.topk_option}")
+        weights = option(cfg, node).get("BBOX_REG_WEIGHTS", (1.0,) * 4)
+        if len(weights) != 4 or any(x <= 0 for x in weights):
+            raise InputError(
+                f"{node}.BBOX_REG_WEIGHTS is {weights}; it must have four entries greater than 0: for x, y, width and "
+                "height"
+            )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shapes: list[ShapeSpec]) -> dict:
@@ -155,6 +161,7 @@ class DenseHead(AuxiliaryHead):
             "num_classes": cfg.MODEL.CODETR.NUM_CLASSES,
             "num_convs": options.NUM_CONVS,
             "loss_weights": {name: options[name.upper()] for name in cls.loss_names},
+            "score_thresh": options.SCORE_THRESH_TEST,
             "pre_nms_topk": options[cls.topk_option],
             "nms_thresh": options.NMS_THRESH_TEST,
             "soft_nms": options.SOFT_NMS,
@@ -198,11 +205,10 @@ class DenseHead(AuxiliaryHead):
         self, geometry: Geometry, levels: list[Boxes], predictions: list[Tensor], targets: list[Instances]
     ) -> DenseTargets:
         anchors = Boxes.cat(levels).tensor
-        is_trained, labels, boxes = [], [], []
-        for i, (size, target) in enumerate(zip(self.training_sizes(geometry), targets)):
-            gt_boxes, gt_classes = target.gt_boxes.tensor.to(anchors), target.gt_classes
-            is_inside = torch.cat(valid_anchors(levels, self.strides, size, self.anchor_generator.offset))
-            assigned = torch.full(is_inside.shape, BACKGROUND, dtype=torch.int64, device=anchors.device)
+        inside, assigned = [], []
+        for size, target in zip(self.training_sizes(geometry), targets):
+            inside.append(torch.cat(valid_anchors(levels, self.strides, size, self.anchor_generator.offset)))
+            assigned.append(torch.full(inside[-1].shape, BACKGROUND, dtype=torch.int64, device=anchors.device))
             if len(target):
                 # How many these are on each level, without a look at the device.
                 counts = [
@@ -210,16 +216,18 @@ class DenseHead(AuxiliaryHead):
                     * math.prod(min(math.ceil(side / stride), cells) for side, cells in zip(size, shape))
                     for stride, shape in zip(self.strides, geometry.shapes)
                 ]
-                predicted = functools.partial(_rows_of, [x[i] for x in predictions], is_inside)
-                assigned[is_inside] = self.assign(anchors[is_inside], counts, gt_boxes, gt_classes, predicted)
-            positive = assigned >= 0
-            is_trained.append(is_inside & (assigned != IGNORED))
-            labels.append(torch.full_like(assigned, self.num_classes))
-            labels[-1][positive] = gt_classes[assigned[positive]]
+                gt_boxes = target.gt_boxes.tensor.to(anchors)
+                assigned[-1][inside[-1]] = self.assign(anchors[inside[-1]], counts, gt_boxes)
+        assigned = self.refine(torch.stack(assigned), levels, predictions, targets)
+        labels, boxes = [], []
+        for target, objects in zip(targets, assigned):
+            positive = objects >= 0
+            labels.append(torch.full_like(objects, self.num_classes))
+            labels[-1][positive] = target.gt_classes[objects[positive]]
             boxes.append(torch.zeros_like(anchors))
-            boxes[-1][positive] = gt_boxes[assigned[positive]]
-        labels = torch.stack(labels)
-        return DenseTargets(anchors, torch.stack(is_trained), labels, torch.stack(boxes), labels < self.num_classes)
+            boxes[-1][positive] = target.gt_boxes.tensor.to(anchors)[objects[positive]]
+        is_trained = torch.stack(inside) & (assigned != IGNORED)
+        return DenseTargets(anchors, is_trained, torch.stack(labels), torch.stack(boxes), assigned >= 0)
 
     @torch.no_grad()
     def inference(self, pyramid: FeaturePyramid) -> list[Instances]:
@@ -262,23 +270,13 @@ class DenseHead(AuxiliaryHead):
         """
         raise NotImplementedError
 
-    def assign(
-        self,
-        anchors: Tensor,
-        anchors_per_level: list[int],
-        gt_boxes: Tensor,
-        gt_classes: Tensor,
-        predictions: Callable[[Tensor], list[Tensor]],
-    ) -> Tensor:
+    def assign(self, anchors: Tensor, anchors_per_level: list[int], gt_boxes: Tensor) -> Tensor:
         """Which objects of an image its anchors answer for. Called without gradients.
 
         Args:
             anchors: [N, 4] those not in the padding, xyxy pixels, level after level.
             anchors_per_level: the number of anchors of each level; they sum to N.
             gt_boxes: [G, 4] xyxy pixels, G at least 1.
-            gt_classes: [G] int64.
-            predictions: a function that returns the predictions of some anchors, given their indices [M] int64: class
-                logits [M, K], box predictions [M, D], and each further prediction, [M].
 
         Returns:
             [N] int64, the index of the assigned object, ``BACKGROUND`` or ``IGNORED``.
@@ -307,6 +305,22 @@ class DenseHead(AuxiliaryHead):
     def training_sizes(self, geometry: Geometry) -> list[tuple[int, int]]:
         """(height, width) in pixels of the part of each image's maps whose anchors are trained: without the padding."""
         return list(geometry.padded_sizes)
+
+    def refine(
+        self, assigned: Tensor, anchors: list[Boxes], predictions: list[Tensor], targets: list[Instances]
+    ) -> Tensor:
+        """The assignment of a batch where it depends on the predictions too. Called without gradients.
+
+        Args:
+            assigned: [B, S] int64 what :meth:`assign` has said; ``BACKGROUND`` in the padding.
+            anchors: those of each level; together they are S.
+            predictions: as :meth:`losses` gets them.
+            targets: the objects of each image.
+
+        Returns:
+            [B, S] as ``assigned``.
+        """
+        return assigned
 
     def score(self, probabilities: Tensor, *others: Tensor) -> Tensor:
         """The scores that detections are ranked by.
@@ -355,12 +369,6 @@ class DenseHead(AuxiliaryHead):
 def _rows(x: Tensor, anchors_per_cell: int) -> Tensor:
     """[B, anchors of a cell * D, height, width] -> [B, height * width * anchors of a cell, D] float32."""
     return x.float().flatten(2).unflatten(1, (anchors_per_cell, -1)).permute(0, 3, 1, 2).flatten(1, 2)
-
-
-def _rows_of(predictions: list[Tensor], is_inside: Tensor, index: Tensor) -> list[Tensor]:
-    """Rows of predictions [S, ...], by their [M] indices among those where ``is_inside`` [S] is True."""
-    index = is_inside.nonzero().squeeze(1)[index]
-    return [x[index] for x in predictions]
 
 
 def _initialize(conv: nn.Conv2d) -> nn.Conv2d:

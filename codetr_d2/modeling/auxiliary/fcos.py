@@ -10,7 +10,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from ...distributed import reduce_mean
 from ...layers import focal_loss
-from ...option_checks import positive, within
+from ...option_checks import positive
 from ..assigners.fcos import assign_fcos
 from ..facts import ClassRows
 from ..pyramid import Geometry
@@ -44,7 +44,6 @@ class FCOSHead(DenseHead):
     def check_options(cls, cfg: CfgNode) -> None:
         super().check_options(cfg)
         positive(cfg, "MODEL.FCOS.CENTER_SAMPLING_RADIUS")
-        within(cfg, 0, 1, "MODEL.FCOS.SCORE_THRESH_TEST")
 
     def class_rows(self) -> dict[str, ClassRows]:
         return {"cls_score": ClassRows()}
@@ -70,7 +69,6 @@ class FCOSHead(DenseHead):
         return {
             **super().from_config(cfg, input_shapes),
             "center_sampling_radius": cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS,
-            "score_thresh": cfg.MODEL.FCOS.SCORE_THRESH_TEST,
         }
 
     def predict_boxes(self, x: Tensor, level: int) -> tuple[Tensor, Tensor]:

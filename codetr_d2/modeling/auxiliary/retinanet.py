@@ -11,7 +11,7 @@ from torchvision.ops import generalized_box_iou_loss
 from ...distributed import reduce_mean
 from ...errors import InputError
 from ...layers import focal_loss
-from ...option_checks import positive, within
+from ...option_checks import positive
 from ..assigners.max_iou import MaxIoUMatcher
 from ..facts import ClassRows
 from .anchors import RatioMajorAnchorGenerator, decode_deltas
@@ -43,9 +43,7 @@ class RetinaNetHead(DenseHead):
     def check_options(cls, cfg: CfgNode) -> None:
         super().check_options(cfg)
         positive(cfg, "MODEL.RETINANET.ANCHOR_SCALE")
-        within(cfg, 0, 1, "MODEL.RETINANET.SCORE_THRESH_TEST")
-        options = cfg.MODEL.RETINANET
-        thresholds, labels, weights = options.IOU_THRESHOLDS, options.IOU_LABELS, options.BBOX_REG_WEIGHTS
+        thresholds, labels = cfg.MODEL.RETINANET.IOU_THRESHOLDS, cfg.MODEL.RETINANET.IOU_LABELS
         if not thresholds or any(not 0 < x <= 1 for x in thresholds) or sorted(thresholds) != list(thresholds):
             raise InputError(
                 f"MODEL.RETINANET.IOU_THRESHOLDS is {thresholds}; it must list rising overlaps, greater than 0 and at "
@@ -55,11 +53,6 @@ class RetinaNetHead(DenseHead):
             raise InputError(
                 f"MODEL.RETINANET.IOU_LABELS is {labels}; it must have one entry more than IOU_THRESHOLDS "
                 f"({thresholds}), each 0 (background), -1 (ignored) or 1 (positive)"
-            )
-        if len(weights) != 4 or any(x <= 0 for x in weights):
-            raise InputError(
-                f"MODEL.RETINANET.BBOX_REG_WEIGHTS is {weights}; it must have four entries greater than 0: for x, y, "
-                "width and height"
             )
 
     def class_rows(self) -> dict[str, ClassRows]:
@@ -104,7 +97,6 @@ class RetinaNetHead(DenseHead):
             "iou_thresholds": options.IOU_THRESHOLDS,
             "iou_labels": options.IOU_LABELS,
             "bbox_reg_weights": options.BBOX_REG_WEIGHTS,
-            "score_thresh": options.SCORE_THRESH_TEST,
         }
 
     def predict_boxes(self, x: Tensor, level: int) -> tuple[Tensor]:

@@ -191,7 +191,7 @@ def test_options(cfg, input_shapes):
     """Every option of the config reaches the head."""
     options = {"NUM_CONVS": 3, "ANCHOR_SCALE": 6.0, "TOPK": 5, "BBOX_REG_WEIGHTS": (1.0, 2.0, 3.0, 4.0)}
     options |= {"LOSS_CLS": 0.1, "LOSS_BOX": 0.2, "LOSS_CENTERNESS": 0.3}
-    options |= {"PRE_NMS_TOPK_TEST": 50, "NMS_THRESH_TEST": 0.4, "SOFT_NMS": True}
+    options |= {"SCORE_THRESH_TEST": 0.1, "PRE_NMS_TOPK_TEST": 50, "NMS_THRESH_TEST": 0.4, "SOFT_NMS": True}
     assert set(options) == set(cfg.MODEL.ATSS)
     cfg.MODEL.ATSS.update(options)
     cfg.TEST.DETECTIONS_PER_IMAGE = 33
@@ -202,6 +202,7 @@ def test_options(cfg, input_shapes):
     ]
     assert (head.topk, head.box2box_transform.weights) == (5, (1.0, 2.0, 3.0, 4.0))
     assert head.loss_weights == {"loss_cls": 0.1, "loss_box": 0.2, "loss_centerness": 0.3}
+    assert head.score_thresh == 0.1
     assert (head.pre_nms_topk, head.nms_thresh, head.soft_nms, head.detections_per_image) == (50, 0.4, True, 33)
 
 

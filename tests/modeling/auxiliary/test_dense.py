@@ -8,7 +8,8 @@ import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torchvision.ops import box_iou
 
-from codetr_d2.modeling.auxiliary import DenseHead
+from codetr_d2.errors import InputError
+from codetr_d2.modeling.auxiliary import AUX_HEAD_REGISTRY, DenseHead
 from codetr_d2.modeling.auxiliary.dense import BACKGROUND, IGNORED
 
 SIZES = [(96, 128), (80, 90)]
@@ -35,9 +36,9 @@ class PairHead(DenseHead):
     def predict_boxes(self, x, level):
         return self.offsets(x) + level, self.quality(x)
 
-    def assign(self, anchors, anchors_per_level, gt_boxes, gt_classes, predictions):
+    def assign(self, anchors, anchors_per_level, gt_boxes):
         """Well covered anchors are positive and poorly covered ones ignored."""
-        self.given.append((anchors, anchors_per_level, predictions))
+        self.given.append((anchors, anchors_per_level))
         iou, index = box_iou(anchors, gt_boxes).max(1)
         return torch.where(iou > 0.5, index, torch.where(iou > 0.3, IGNORED, BACKGROUND))
 
@@ -102,14 +103,11 @@ def test_targets(make_pyramid, targets, kind, sizes):
         torch.testing.assert_close(loss, weight * expected[name].square().mean())
     anchors = torch.cat([x.tensor for x in head.anchor_generator(pyramid.maps())])
     assert torch.equal(head.targets.anchors, anchors)
-    for i, (size, target, (given, counts, predictions)) in enumerate(zip(sizes, targets, head.given, strict=True)):
+    for i, (size, target, (given, counts)) in enumerate(zip(sizes, targets, head.given, strict=True)):
         # Cells that the image reaches, two anchors each.
         assert counts == [2 * math.ceil(size[0] / s) * math.ceil(size[1] / s) for s in STRIDES]
         inside = ((anchors[:, :2] + anchors[:, 2:]) / 2 < _reach(anchors, pyramid, size)).all(1)
         assert torch.equal(given, anchors[inside]) and inside.all() == (kind is PaddingTrainedHead)
-        index = torch.tensor([0, 3, len(given) - 1])
-        for x, ours in zip((logits, boxes, quality), predictions(index), strict=True):
-            assert torch.equal(ours, x[i][inside][index])
 
         iou, gt = box_iou(anchors, target.gt_boxes.tensor).max(1)
         positive, ignored = inside & (iou > 0.5), inside & (iou > 0.3) & (iou <= 0.5)
@@ -139,6 +137,46 @@ def test_an_assignment_is_asked_for_images_with_objects_only(make_pyramid, make_
     _, samples = head(make_pyramid(SIZES), [make_targets(SIZES[0], [], []), targets[1]])
     assert len(head.given) == 1 and (samples.labels[0] == 3).all() and (samples.labels[1] < 3).any()
     assert torch.equal(head.targets.is_trained[0], torch.ones(len(samples.labels[0]), dtype=torch.bool))
+
+
+class RefiningHead(PairHead):
+    """Of the anchors that it has assigned, it keeps those that it gives another class than the first."""
+
+    def refine(self, assigned, anchors, predictions, targets):
+        self.refined = assigned, anchors, targets
+        return torch.where(predictions[0].argmax(-1) == 0, BACKGROUND, assigned)
+
+
+def test_an_assignment_is_refined_by_predictions(make_pyramid, targets):
+    plain, head = PairHead(), RefiningHead()
+    head.load_state_dict(plain.state_dict())
+    pyramid = make_pyramid(SIZES)
+    with torch.no_grad():
+        _, before = plain(pyramid, targets)
+        _, after = head(pyramid, targets)
+        logits = torch.cat([x[0] for x in head.predict(pyramid.maps())], dim=1)
+    assigned, anchors, given = head.refined
+    assert [len(x) for x in anchors] == [2 * n for n in pyramid.geometry.level_sizes] and given is targets
+    for i in range(2):
+        positive = before.labels[i] < 3
+        assert torch.equal(assigned[i] >= 0, positive)
+        kept = positive & (logits[i].argmax(1) > 0)
+        assert 0 < kept.sum() < positive.sum()
+        assert torch.equal(after.labels[i], torch.where(kept, before.labels[i], 3))
+        assert torch.equal(after.target_boxes[i], before.target_boxes[i] * kept[:, None])
+
+
+@pytest.mark.parametrize("kind", [x for _, x in AUX_HEAD_REGISTRY if issubclass(x, DenseHead)])
+def test_wrong_options_are_named(cfg, kind):
+    node = cfg.MODEL[kind.options]
+    kind.check_options(cfg)
+    wrong = {"NUM_CONVS": -1, "PRE_NMS_TOPK_TEST": 0, "SCORE_THRESH_TEST": 1.0, "NMS_THRESH_TEST": 1.5}
+    wrong |= {"BBOX_REG_WEIGHTS": (1.0, 1.0), "TOPK": 0, "ANCHOR_SCALE": 0.0, "REG_MAX": 0}
+    for name in [name for name in wrong if name in node]:
+        right, node[name] = node[name], wrong[name]
+        with pytest.raises(InputError, match=rf"^MODEL\.{kind.options}\.{name} is "):
+            kind.check_options(cfg)
+        node[name] = right
 
 
 def test_towers(make_pyramid):
