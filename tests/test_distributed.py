@@ -14,7 +14,7 @@ from torch import multiprocessing
 
 from codetr_d2.config import add_codetr_config
 from codetr_d2.distributed import reduce_mean
-from codetr_d2.modeling.auxiliary import build_auxiliary_head
+from codetr_d2.modeling.auxiliary import AUX_HEAD_REGISTRY, build_auxiliary_head
 from codetr_d2.modeling.pyramid import FeaturePyramid, Geometry
 
 CONFIG = Path(__file__).parents[1] / "configs" / "_base_" / "co_deformable_detr.yaml"
@@ -28,7 +28,7 @@ OBJECTS = [
 
 
 def gradients(images):
-    """The gradients of both auxiliary heads' losses on some of the two images, as one vector."""
+    """The gradients of all auxiliary heads' losses on some of the two images, as one vector."""
     cfg = get_cfg()
     add_codetr_config(cfg)
     cfg.merge_from_file(str(CONFIG))
@@ -47,7 +47,7 @@ def gradients(images):
         targets.append(Instances(SIZE, gt_boxes=Boxes(boxes), gt_classes=torch.arange(len(boxes)) % 3))
     levels = [ShapeSpec(channels=16, stride=stride) for stride in STRIDES]
     vector = []
-    for name in ("roi", "atss"):
+    for name in sorted(name for name, _ in AUX_HEAD_REGISTRY):
         torch.manual_seed(1)
         head = build_auxiliary_head(name, cfg, levels)
         with EventStorage():

@@ -71,7 +71,8 @@ class PositiveSamples:
         boxes: [M, 4] coordinates of the candidates (proposals, anchors), xyxy in pixels of the network input.
         labels: [M] int64 assigned class, ``num_classes`` for background.
         target_boxes: [M, 4] box of the assigned ground truth, xyxy pixels; of no meaning where background.
-        features: [M, C] feature of each candidate.
+        features: [M / n, C], the feature of every n candidates in a row: of those of one cell, where a head has several
+            anchors there; otherwise n is 1.
     """
 
     boxes: list[Tensor]

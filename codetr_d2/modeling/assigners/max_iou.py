@@ -42,9 +42,8 @@ class MaxIoUMatcher(Matcher):
         if match_quality_matrix.numel() == 0:
             return matches, labels
         best = match_quality_matrix.amax(dim=1, keepdim=True)
-        gt_index, prediction_index = torch.nonzero(
-            (match_quality_matrix == best) & (best >= self.min_pos_iou) & (best > 0), as_tuple=True
-        )
+        best = torch.where((best >= self.min_pos_iou) & (best > 0), best, torch.inf)  # inf: claims nothing
+        gt_index, prediction_index = torch.nonzero(match_quality_matrix == best, as_tuple=True)
         claimed_by = torch.full_like(matches, -1).scatter_reduce_(0, prediction_index, gt_index, "amax")
         claimed = claimed_by >= 0
         labels[claimed] = 1

@@ -54,8 +54,8 @@ class DenseHead(AuxiliaryHead):
     A head that starts from points uses square anchors around them, which are then its candidates for the decoder.
     Here are the towers of convolutions, the classifier, which anchors lie in the padding, the loop over the images, the
     candidates, and everything of inference from the choice of each level's best to the limit of detections. The
-    candidates are all anchors, in the order of the tokens, with their tokens as features; those that take no part in
-    training are background, and their boxes all zero.
+    candidates are all anchors, in the order of the tokens, which are the features of their cells; those that take no
+    part in training are background, and their boxes all zero.
 
     A subclass gives:
 
@@ -182,7 +182,7 @@ class DenseHead(AuxiliaryHead):
             boxes=[dense_targets.anchors * x[:, None] for x in dense_targets.is_trained],
             labels=list(dense_targets.labels),
             target_boxes=list(dense_targets.boxes),
-            features=[x.unsqueeze(1).expand(-1, self.anchors_per_cell, -1).flatten(0, 1) for x in pyramid.tokens],
+            features=list(pyramid.tokens),
         )
 
     def predict(self, maps: list[Tensor]) -> list[tuple[Tensor, ...]]:

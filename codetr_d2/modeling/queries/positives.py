@@ -53,8 +53,10 @@ def select_samples(
 
     def gather(values: list[Tensor], fill: float) -> Tensor:
         rows = []
-        for value, index in zip(values, chosen):
+        for value, labels, index in zip(values, samples.labels, chosen):
             empty = value.new_full((num_slots - len(index), *value.shape[1:]), fill)
+            if len(value) < len(labels):  # candidates in a row share a feature
+                index = index // (len(labels) // len(value))
             rows.append(torch.cat((value[index], empty)))
         return torch.stack(rows)
 

@@ -73,7 +73,8 @@ def check_candidates(samples, targets, num_classes, channels=16):
         samples.boxes, samples.labels, samples.target_boxes, samples.features, targets, strict=True
     ):
         assert len(labels) > 0
-        assert boxes.shape == gt.shape == (len(labels), 4) and features.shape == (len(labels), channels)
+        assert boxes.shape == gt.shape == (len(labels), 4)
+        assert len(labels) % len(features) == 0 and features.shape[1:] == (channels,)
         assert boxes.dtype == gt.dtype == torch.float32 and labels.dtype == torch.int64
         assert not boxes.requires_grad and not gt.requires_grad
         assert all(v.isfinite().all() for v in (boxes, gt, features))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -40,6 +42,20 @@ def test_selected_candidates(padding):
         assert chosen.padding_mask is None
     else:
         assert chosen.padding_mask.sum(1).tolist() == [0, 8, 12]
+
+
+@pytest.mark.parametrize("padding", ["negatives", "mask"])
+def test_candidates_of_a_cell_share_its_feature(padding):
+    """As if each had a copy of it."""
+    samples = make_samples(12, 4, 0, num_negatives=24)
+    samples.features = [x[: len(x) // 4].detach() for x in samples.features]
+    copies = dataclasses.replace(samples, features=[x.repeat_interleave(4, dim=0) for x in samples.features])
+    chosen = []
+    for x in (samples, copies):
+        torch.manual_seed(0)
+        chosen.append(select_samples(x, NUM_CLASSES, max_per_head=300, min_per_head=9, padding=padding))
+    assert torch.equal(chosen[0].features, chosen[1].features)
+    assert torch.equal(chosen[0].boxes, chosen[1].boxes) and chosen[0].features.max() > 5
 
 
 @pytest.mark.parametrize(("num_positives", "slots"), [((0, 0), 9), ((3, 8), 9), ((10, 2), 10), ((50, 2), 30)])
