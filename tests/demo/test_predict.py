@@ -145,7 +145,7 @@ def test_bad_inputs(predict, options, run_folder, picture, tmp_path):
         ([path, "--config-file", tmp_path / "no.yaml"], "no.yaml does not exist"),
         ([path, "--config-file", config_alone], "no model_final.pth beside"),
         ([path, "--weights", tmp_path / "no.pth"], "no.pth: no such checkpoint"),
-        ([path, "--weights", text], "x.txt: truncated, damaged"),
+        ([path, "--weights", text], "x.txt: is a text file"),
         ([path, "--opts", "MODEL.NONSENSE", "1"], "unknown option MODEL.NONSENSE"),
     ]:
         with pytest.raises(SystemExit, match=f"^error: .*{message}") as error:
