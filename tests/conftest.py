@@ -24,14 +24,6 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.fixture(autouse=True, scope="session")
-def compiler_cache(tmp_path_factory):
-    """torch's compiler makes a folder of its own for what it keeps, beside pytest's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
