@@ -76,6 +76,7 @@ setup(
         "numpy",
         "scipy",
         "pycocotools",
+        "faster-coco-eval",
         "timm",
         "pillow",
         "matplotlib",

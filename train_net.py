@@ -12,6 +12,7 @@ Without a GPU everything runs on the CPU, there with --num-processes instead of 
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 # Where another program wants the cores, OpenMP threads that actively wait for each other make a step many times slower.
@@ -36,6 +37,7 @@ from codetr_d2.ops import keep_freed_memory
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, default_argument_parser
+from PIL import Image
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,6 +74,7 @@ def run_job(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # pictures of 100 megapixels are welcome
     args = build_parser().parse_args(argv)
     try:
         if not args.config_file:

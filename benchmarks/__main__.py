@@ -8,12 +8,13 @@ python -m benchmarks train --config-file configs/... --sizes 480x640 --against e
 python -m benchmarks train --config-file configs/... --sweep k=0,1,2,3,4,6 --output k.json   # and k.png
 python -m benchmarks parts --config-file configs/... --sizes 800x1333   # the roofline
 python -m benchmarks loader --config-file configs/...
+python -m benchmarks annotations   # reading an annotation file of COCO's size, and detectron2's own reader
+python -m benchmarks evaluation    # COCO's evaluation, and pycocotools
 python -m benchmarks loop --config-file configs/...   # train_net.py's iterations: what is not forward and backward
 """
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import torch
 
 from codetr_d2.errors import InputError
 
+from .annotations import benchmark_annotations, benchmark_evaluation
 from .loader import benchmark_loader
 from .loop import benchmark_loop
 from .model import SWEEPS, benchmark_model
@@ -121,6 +123,19 @@ def build_parser() -> argparse.ArgumentParser:
     loader.add_argument("opts", nargs=argparse.REMAINDER, help="options of the config, KEY VALUE")
     loader.set_defaults(run=benchmark_loader)
 
+    annotations = add("annotations", "reading and checking an annotation file, in turn with detectron2's reader")
+    annotations.add_argument("--images", type=positive, default=118_287)
+    annotations.add_argument("--objects", type=positive, default=661_675, help="in all images together")
+    annotations.add_argument("--repeat", type=positive, default=5, help="timed runs of each side")
+    annotations.set_defaults(run=benchmark_annotations)
+
+    evaluation = add("evaluation", "COCO's average precision of boxes, in turn with pycocotools")
+    evaluation.add_argument("--images", type=positive, default=5000)
+    evaluation.add_argument("--objects", type=positive, default=36_335, help="in all images together")
+    evaluation.add_argument("--detections", type=positive, default=300, help="in each image")
+    evaluation.add_argument("--repeat", type=positive, default=3, help="timed runs of each side")
+    evaluation.set_defaults(run=benchmark_evaluation)
+
     loop = add("loop", "where the time of training goes outside of forward and backward, with the config's own dataset")
     loop.add_argument("--config-file", required=True)
     loop.add_argument("--iterations", type=positive, default=100, help="to time, after ten to warm up")
@@ -137,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args.run(args)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -188,6 +188,19 @@ def loader() -> str:
     return table(rows)
 
 
+def annotations() -> str:
+    rows = []
+    for name, what in (
+        ("annotations", "reading 118 287 images with 661 675 objects"),
+        ("evaluation", "box AP of 5000 images with 300 detections each"),
+    ):
+        for side, measured in read(name)["sides"].items():
+            median, both_ends = spread(measured["seconds"])
+            row = {"what": what, "by": side, "median": median, "fastest to slowest": both_ends}
+            rows.append({**row, "peak memory": memory(measured)})
+    return table(rows)
+
+
 def loop() -> str:
     rows: dict[str, dict] = {}
     for name, title in (("loop", "as it is"), ("loop_ema", "with a moving average")):
@@ -241,6 +254,7 @@ TABLES = {
     "objects": lambda: sweep("objects", "objects"),
     "k": lambda: sweep("k", "K"),
     "loader": loader,
+    "annotations": annotations,
     "loop": loop,
     "parts_float32": lambda: parts("parts_float32"),
     "parts_bfloat16": lambda: parts("parts_bfloat16"),

@@ -4,34 +4,42 @@
     python demo/predict.py picture.jpg folder video.mp4 --output found
     python demo/predict.py picture.jpg --output found --config-file output/my_run/config.yaml --score-threshold 0.5
 
-Without --config-file it is the model that `make quickstart` trained. The output folder gets each picture with its
-detections drawn on it, each video likewise, and detections.json: for each picture (or frame) the file, its size, and
-detections with category_name, category_id (counted from 0), bbox ([x, y, width, height] in pixels) and score. A model
-with masks adds segmentation (COCO's run-length encoding) and, where masks have scores of their own, mask_score.
+Without --config-file it is the model that `make quickstart` trained. Folders are searched with all their subfolders,
+and files are told by what they hold. The output folder gets each picture with its detections drawn on it, each video
+likewise, and detections.json: for each picture (or frame) the file, its size, and detections with category_name,
+category_id (counted from 0), bbox ([x, y, width, height] in pixels) and score. A model with masks adds segmentation
+(COCO's run-length encoding) and, where masks have scores of their own, mask_score. Ctrl-C writes what is done so far.
 """
 
 import argparse
-import json
-import mimetypes
+import contextlib
+import os
+import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+# Where another program wants the cores, OpenMP threads that actively wait for each other take many times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# FFmpeg's remarks on files that are no videos, or damaged ones: what is wrong with a file is said here.
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
+# isort: split
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultPredictor
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
 
 import codetr_d2  # noqa: F401 (registers the model)
-from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
 from codetr_d2.config.config_file import load_config, resolve_device
 from codetr_d2.data import read_image
 from codetr_d2.errors import InputError
-from codetr_d2.evaluation.mask_scores import add_mask_scores
+from codetr_d2.evaluation import to_coco_results
+from codetr_d2.inference import DetectionsFile, Predictor, cannot_be_written, find_media, name_drawings
 from codetr_d2.ops import keep_freed_memory
 from codetr_d2.visualization import draw_predictions
 
@@ -39,17 +47,27 @@ QUICK_START_CONFIG = Path("output/quick_start/digits/config.yaml")
 LONG_SIDE = 640  # pixels that smaller pictures are enlarged to, so that names and scores can be read
 
 
+def to_path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="a picture, a folder of them, or a video")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the drawn pictures and detections.json")
+    parser.add_argument(
+        "inputs", nargs="+", type=to_path, metavar="INPUT", help="a picture, a video, or a folder of them"
+    )
+    parser.add_argument(
+        "--output", required=True, type=to_path, help="folder for the drawn pictures and detections.json"
+    )
     parser.add_argument(
         "--config-file",
-        type=Path,
+        type=to_path,
         default=QUICK_START_CONFIG,
         help="config.yaml in the output folder of a training run (default: %(default)s)",
     )
-    parser.add_argument("--weights", help="checkpoint (default: model_final.pth beside the config file)")
+    parser.add_argument(
+        "--weights", type=os.path.expanduser, help="checkpoint (default: model_final.pth beside the config file)"
+    )
     parser.add_argument("--score-threshold", type=float, default=0.3, help="least score to draw (%(default)s)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config options to change")
     return parser.parse_args(argv)
@@ -67,61 +85,25 @@ def find_weights(config_file: Path, weights: str | None) -> str:
     return weights
 
 
-def is_video(path: Path) -> bool:
-    return (mimetypes.guess_type(path.name)[0] or "").startswith("video/")
-
-
-def find_files(inputs: list[Path]) -> list[Path]:
-    """The pictures and videos that the inputs name, folders replaced by what is in them."""
-    Image.init()
-    picture_suffixes = set(Image.registered_extensions())
-    files = []
-    for path in inputs:
-        if path.is_dir():
-            found = [x for x in sorted(path.iterdir()) if x.suffix.lower() in picture_suffixes or is_video(x)]
-            if not found:
-                raise InputError(f"The folder {path} holds no picture and no video. Name another one.")
-            files += [x for x in found if x.is_file()]
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise InputError(f"{path} does not exist. Name a picture, a folder of pictures, or a video.")
-    return list(dict.fromkeys(files))
-
-
-def output_files(files: list[Path], folder: Path) -> dict[Path, Path]:
-    """Where the drawing of each file goes: its name as .png or .mp4, made longer where two would meet."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder} is a file. Name a folder.")
-    targets: dict[Path, Path] = {}
-    for file in files:
-        suffix = ".mp4" if is_video(file) else ".png"
-        candidates = [file.stem, file.name, *(f"{file.name}-{i}" for i in range(2, len(files) + 2))]
-        taken = set(targets.values())
-        targets[file] = next(x for x in (folder / f"{c}{suffix}" for c in candidates) if x not in taken)
-    overwritten = {x.resolve() for x in files} & {x.resolve() for x in targets.values()}
-    if overwritten:
-        raise InputError(f"{sorted(overwritten)[0]} would be overwritten. Name another folder with --output.")
-    return targets
+class FileProblem(InputError):
+    """Of one file; the others are done all the same."""
 
 
 class Detector:
-    """A ``DefaultPredictor`` that draws what it finds and describes it for detections.json."""
+    """A ``Predictor`` that draws what it finds and describes it for detections.json."""
 
-    def __init__(self, cfg: CfgNode, weights: str, score_threshold: float):
-        cfg.MODEL.WEIGHTS = ""  # loaded below, by the checkpointer with the clear errors
-        self.predictor = DefaultPredictor(cfg)
-        CoDETRCheckpointer(self.predictor.model).load(weights)
+    def __init__(self, cfg: CfgNode, score_threshold: float):
+        self.predictor = Predictor(cfg)
         self.names = list(cfg.MODEL.CODETR.CLASS_NAMES)
         self.score_threshold = score_threshold
 
     def __call__(self, image: np.ndarray, long_side: int) -> tuple[np.ndarray, dict]:
         """[H, W, 3] uint8 BGR -> its drawing, [H', W', 3] uint8 RGB, and its entry in detections.json."""
-        found: Instances = self.predictor(image)["instances"].to("cpu")
-        found = found[found.scores >= self.score_threshold]
-        detections, results = [], instances_to_coco_json(found, 0)
-        add_mask_scores(results, found)
-        for detection in results:
+        found: Instances = self.predictor(image)["instances"]
+        kept = found.scores >= self.score_threshold
+        found = (found if kept.all() else found[kept]).to("cpu")  # masks of a large picture are not copied in vain
+        detections = []
+        for detection in to_coco_results(found, 0):
             category = detection["category_id"]
             name = self.names[category] if category < len(self.names) else str(category)
             detections.append({"category_name": name, **{k: v for k, v in detection.items() if k != "image_id"}})
@@ -130,8 +112,20 @@ class Detector:
 
 
 def process_picture(detector: Detector, file: Path, target: Path) -> Iterator[dict]:
-    drawing, entry = detector(read_image(file, "BGR"), LONG_SIDE)
-    Image.fromarray(drawing).save(target)
+    try:
+        image = read_image(file, "BGR")
+    except InputError as error:
+        raise FileProblem(str(error)) from error
+    drawing, entry = detector(image, LONG_SIDE)
+    # Not by Pillow, which takes ten times as long for a large picture.
+    _, content = cv2.imencode(".png", cv2.cvtColor(drawing, cv2.COLOR_RGB2BGR, dst=drawing))
+    try:
+        target.write_bytes(content)
+    except BaseException as error:  # Ctrl-C too
+        target.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise cannot_be_written(target, error.strerror) from error
+        raise
     yield {"file_name": str(file), **entry}
 
 
@@ -140,62 +134,105 @@ def process_video(detector: Detector, file: Path, target: Path) -> Iterator[dict
     writer = None
     try:
         count = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-        progress = tqdm(total=count if count > 0 else None, desc=file.name, unit="frame", leave=False)
-        while True:
-            is_frame, frame = video.read()
-            if not is_frame:
-                break
-            drawing, entry = detector(frame, 0)
-            if writer is None:
-                size = (drawing.shape[1], drawing.shape[0])
-                rate = video.get(cv2.CAP_PROP_FPS) or 25.0
-                writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
-                if not writer.isOpened():
-                    raise InputError(f"{target} cannot be written: this build of OpenCV has no mp4 encoder.")
-            writer.write(np.ascontiguousarray(drawing[:, :, ::-1]))
-            yield {"file_name": str(file), "frame": progress.n, **entry}
-            progress.update()
-        progress.close()
+        with tqdm(total=count if count > 0 else None, desc=file.name, unit="frame", leave=False) as progress:
+            while True:
+                is_frame, frame = video.read()
+                if not is_frame:
+                    break
+                drawing, entry = detector(frame, 0)
+                if writer is None:
+                    # Encoders take even sizes only.
+                    width, height = size = [x + x % 2 for x in drawing.shape[1::-1]]
+                    rate = video.get(cv2.CAP_PROP_FPS)
+                    rate = rate if 0 < rate <= 1000 else 25.0  # of some streams it is not known
+                    writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+                    if not writer.isOpened():
+                        raise FileProblem(f"{target} cannot be written: this build of OpenCV has no mp4 encoder.")
+                writer.write(fill_up(cv2.cvtColor(drawing, cv2.COLOR_RGB2BGR), width, height))
+                yield {"file_name": str(file), "frame": progress.n, **entry}
+                progress.update()
         if writer is None:
-            raise InputError(f"{file} is not a video that can be read. Convert it to mp4.")
+            raise FileProblem(f"{file} is not a video that can be read. Convert it to mp4.")
     finally:
         video.release()
         if writer is not None:
             writer.release()
+    if not cv2.VideoCapture(str(target)).isOpened():  # the encoder doesn't say so
+        raise cannot_be_written(target, "its end is missing")
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_be_written(folder, error.strerror) from error
+
+
+def fill_up(frame: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Give a frame the size of its video: that of the first frame, which others of a stream may not have."""
+    rows, columns = frame.shape[:2]
+    if not (0 <= height - rows <= 1 and 0 <= width - columns <= 1):
+        return cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
+    return cv2.copyMakeBorder(frame, 0, height - rows, 0, width - columns, cv2.BORDER_REPLICATE)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Do what the command line says.
+
+    Raises:
+        KeyboardInterrupt: with what was done so far, which is written.
+    """
     if not 0 <= args.score_threshold <= 1:
         raise InputError(f"--score-threshold is {args.score_threshold}. Give a number from 0 to 1.")
-    targets = output_files(find_files(args.inputs), args.output)
+    if args.output.is_file():
+        raise InputError(f"--output {args.output} is a file. Name a folder.")
+    files, left_out = find_media(args.inputs, args.output)
+    targets = name_drawings(files, args.output)
     weights = find_weights(args.config_file, args.weights)
     cfg = load_config(str(args.config_file), args.opts)
+    cfg.MODEL.WEIGHTS = weights
     cfg.MODEL.DEVICE = resolve_device(cfg)
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
-    detector = Detector(cfg, weights, args.score_threshold)
-    args.output.mkdir(parents=True, exist_ok=True)
-    entries, failures = [], []
-    for file, target in tqdm(targets.items(), unit="file"):
-        process = process_video if is_video(file) else process_picture
-        try:
-            entries += process(detector, file, target)
-        except InputError as error:
-            failures.append(str(error))
-    detections_file = args.output / "detections.json"
-    detections_file.write_text(json.dumps(entries, indent=1) + "\n")
-    found = sum(len(x["detections"]) for x in entries)
-    print(f"{len(targets) - len(failures)} of {len(targets)} files done, {found} detections: {detections_file}")
+    if left_out:
+        print(f"Left out, as hidden or neither picture nor video: {len(left_out)}, such as {left_out[0]}")
+    detections = DetectionsFile(args.output / "detections.json")
+    num_done, num_found, failures = 0, 0, []
+    try:
+        with detections:
+            detector = Detector(cfg, args.score_threshold)
+            for file, target in zip(tqdm(files, unit="file"), targets):
+                make_folder(target.parent)
+                process = process_video if file.is_video else process_picture
+                try:
+                    with contextlib.closing(process(detector, file.path, target)) as entries:
+                        for entry in entries:
+                            detections.add(entry)
+                            num_found += len(entry["detections"])
+                    num_done += 1
+                except FileProblem as error:
+                    failures.append(str(error))
+    except KeyboardInterrupt:
+        where = f": {detections.path}" if detections.number else ""
+        done = f"{num_done} of {len(files)} files done, {num_found} detections{where}"
+        raise KeyboardInterrupt(done) from None
+    print(f"{num_done} of {len(files)} files done, {num_found} detections: {detections.path}")
     if failures:
         raise InputError("\n".join(failures))
 
 
 def main(argv: list[str] | None = None) -> None:
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # pictures of 100 megapixels are welcome
     try:
         run(parse_arguments(argv))
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(("interrupted", *interrupt.args)), file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is done is written
     main()

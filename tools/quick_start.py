@@ -31,13 +31,13 @@ import prepare_efficientnet
 import prepare_nuclei
 import prepare_trees
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import DefaultPredictor
 from matplotlib import pyplot as plt
 from tabulate import tabulate
 
 from codetr_d2 import add_codetr_config
 from codetr_d2.data import load_datasets, read_image, register_datasets
 from codetr_d2.errors import InputError
+from codetr_d2.inference import Predictor
 from codetr_d2.visualization import draw_annotations, draw_predictions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,16 +91,16 @@ def train(config_file: Path, output: Path) -> float:
     return time.monotonic() - start
 
 
-def load_model(output: Path) -> tuple[CfgNode, DefaultPredictor]:
-    """The trained model, as any user of detectron2 loads it."""
+def load_model(output: Path) -> tuple[CfgNode, Predictor]:
+    """The trained model, as any user loads it."""
     cfg = get_cfg()
     add_codetr_config(cfg)
     cfg.merge_from_file(str(output / "config.yaml"))
     cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
-    return cfg, DefaultPredictor(cfg)
+    return cfg, Predictor(cfg)
 
 
-def draw_test_pictures(cfg: CfgNode, predictor: DefaultPredictor, file: Path) -> str:
+def draw_test_pictures(cfg: CfgNode, predictor: Predictor, file: Path) -> str:
     """Draw evenly spaced test pictures, predictions beside ground truth; return the file name of the first one."""
     register_datasets(cfg)
     dataset = load_datasets(cfg, cfg.DATASETS.TEST, is_train=False)

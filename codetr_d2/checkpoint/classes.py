@@ -1,5 +1,6 @@
 """Classifiers of other classes: rows start anew, or are taken over by the name of their class."""
 
+import itertools
 import json
 import os
 import re
@@ -29,7 +30,7 @@ def number_of_classes(state_dict: dict[str, Tensor], class_rows: dict[str, Class
     for place, rows in class_rows.items():
         for name in (place, f"{place}.weight", f"{place}.bias"):
             if rows.are_classes and name in state_dict:
-                return (len(state_dict[name]) - rows.extra) // rows.per_class
+                return (len(state_dict[name]) - rows.extra) // (rows.per_class * rows.repeats)
     return None
 
 
@@ -108,8 +109,8 @@ def adapt_classifiers(
         if rows is None or target is None or value.shape[1:] != target.shape[1:]:
             result[name] = value
             continue
-        per_class, extra = rows.per_class, rows.extra
-        if (len(value), len(target)) != (per_class * in_file + extra, per_class * in_model + extra):
+        per_class, extra, repeats = rows.per_class, rows.extra, rows.repeats
+        if any(len(x) != repeats * per_class * n + extra for x, n in ((value, in_file), (target, in_model))):
             result[name] = value  # the same for all classes; where the model's is not, the shapes will tell
             continue
         if not rows.are_classes:
@@ -120,8 +121,9 @@ def adapt_classifiers(
         else:
             pairs = matches
         adapted = target.detach().clone()
-        for to, source in pairs.items():
-            adapted[to * per_class : (to + 1) * per_class] = value[source * per_class : (source + 1) * per_class]
+        for repeat, (to, source) in itertools.product(range(repeats), pairs.items()):
+            to, source = (repeat * in_model + to) * per_class, (repeat * in_file + source) * per_class
+            adapted[to : to + per_class] = value[source : source + per_class]
         if extra:
             adapted[-extra:] = value[-extra:]
         result[name] = adapted

@@ -23,8 +23,12 @@ from ..errors import InputError
 from ..modeling.facts import check_options
 from ..option_checks import divisible, one_of, option, positive, within
 from .config_file import resolve_device
+from .honoured import check_honoured
 
 __all__ = ["check_config"]
+
+# Names in these registries that ask for turned boxes or for semantic segmentation, which datasets here don't have.
+_UNSUITABLE = ("RotatedAnchorGenerator", "RRPN", "RROIHeads", "PanopticFPN", "SemanticSegmentor")
 
 # Options that name a component, and where it is registered; CoDETR looks after those of its own heads.
 _REGISTRIES = {
@@ -50,13 +54,23 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     """
     solver = cfg.SOLVER
     for key, registry in _REGISTRIES.items():
-        one_of(cfg, key, [name for name, _ in registry])
+        one_of(cfg, key, [name for name, _ in registry if name not in _UNSUITABLE])
+    check_honoured(cfg)
     for key, registry in _REGISTRIES.items():
         check_options(registry.get(option(cfg, key)), cfg)
     backbone = cfg.MODEL.BACKBONE.NAME
     if backbone.endswith("_fpn_backbone") and not cfg.MODEL.FPN.IN_FEATURES:
         raise InputError(f"MODEL.FPN.IN_FEATURES is empty; {backbone} needs the names of the features below its FPN")
     one_of(cfg, "INPUT.FORMAT", ["RGB", "BGR", "L", "YUV-BT.601"])
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    channels = {1, 3} if cfg.INPUT.FORMAT == "L" else {3}  # grey values are repeated for a backbone of three channels
+    if len(mean) not in channels or len(std) != len(mean):
+        raise InputError(
+            f"MODEL.PIXEL_MEAN is {mean} and MODEL.PIXEL_STD is {std}; INPUT.FORMAT {cfg.INPUT.FORMAT} needs "
+            f"{' or '.join(map(str, channels))} entries in both"
+        )
+    if getattr(cfg, "FLOAT32_PRECISION", ""):  # not every detectron2 has it
+        one_of(cfg, "FLOAT32_PRECISION", ["highest", "high", "medium"])
     within(cfg, 0, math.inf, "INPUT.MIN_SIZE_TEST")  # 0: images keep their size
     positive(cfg, "INPUT.MAX_SIZE_TEST")
     if cfg.INPUT.MIN_SIZE_TEST > 0:
@@ -66,6 +80,7 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     if cfg.DATALOADER.NUM_WORKERS < 0:
         raise InputError(f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}; it must be 0 (no workers) or more")
     positive(cfg, "TEST.DETECTIONS_PER_IMAGE")
+    within(cfg, 0, math.inf, "MODEL.BACKBONE.FREEZE_AT")
     if solver.AMP.ENABLED:
         one_of(cfg, "SOLVER.AMP.DTYPE", ["bfloat16"] if resolve_device(cfg) == "cpu" else ["bfloat16", "float16"])
 
@@ -98,6 +113,13 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     divisible(
         "SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, share, "the number of processes times SOLVER.ACCUMULATE_STEPS"
     )
+    within(cfg, 0, math.inf, "SOLVER.WEIGHT_DECAY", "SOLVER.BIAS_LR_FACTOR")
+    for key in ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS"):
+        decay = option(cfg, key)
+        if not (decay is None or isinstance(decay, (int, float)) and decay >= 0):
+            raise InputError(f"{key} is {decay!r}; it must be at least 0, or None for that of SOLVER.WEIGHT_DECAY")
+    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
+        within(cfg, 0, solver.BASE_LR, "SOLVER.BASE_LR_END")
     one_of(cfg, "SOLVER.LR_SCHEDULER_NAME", ["WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"])
     one_of(cfg, "SOLVER.WARMUP_METHOD", ["linear", "constant"])
     one_of(cfg, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ["full_model", "norm", "value"])

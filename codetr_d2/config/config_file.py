@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 import yaml
@@ -13,7 +13,7 @@ from ..checkpoint.checkpointer import atomic_write
 from ..errors import InputError
 from .defaults import add_codetr_config
 
-__all__ = ["load_config", "options_of", "resolve_device", "save_config"]
+__all__ = ["load_config", "options_of", "plain", "resolve_device", "save_config"]
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -38,6 +38,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         raise InputError(f"the command line's options must be KEY VALUE pairs, but {opts[-1]} has no value")
     for key, value in zip(opts[::2], opts[1::2]):
         _set(cfg, key, value, "command line")
+    _check_schedule(cfg, opts[::2], "command line")
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
     cfg.DATASETS.COCO_JSON = _expanded(cfg.DATASETS.COCO_JSON)
@@ -70,8 +71,10 @@ def _merge_file(cfg: CfgNode, path: str, parents: tuple[str, ...]) -> None:
         if not base.startswith(("/", "http://", "https://")):
             base = os.path.join(os.path.dirname(path), base)
         _merge_file(cfg, base, (*parents, path))
-    for key, value in options_of(loaded, cfg):
+    options = dict(options_of(loaded, cfg))
+    for key, value in options.items():
         _set(cfg, key, value, path)
+    _check_schedule(cfg, options, path)
 
 
 def options_of(tree: dict, like: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -82,6 +85,11 @@ def options_of(tree: dict, like: object, prefix: str = "") -> Iterator[tuple[str
             yield from options_of(value, section, f"{prefix}{name}.")
         elif not (value is None and isinstance(section, dict)):  # an empty section
             yield f"{prefix}{name}", value
+
+
+def plain(value: object) -> object:
+    """The value of an option as YAML has it: with lists for tuples."""
+    return [plain(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
 def _set(cfg: CfgNode, key: str, value: object, source: str) -> None:
@@ -105,6 +113,17 @@ def _set(cfg: CfgNode, key: str, value: object, source: str) -> None:
         raise InputError(
             f"{source}: {key} must be a {type(current).__name__}, like {current!r}; got {value!r}"
         ) from None
+
+
+def _check_schedule(cfg: CfgNode, keys: Collection[str], source: str) -> None:
+    """A source that sets a schedule of one kind must not leave in force what overrides it: one of the other kind."""
+    if "SOLVER.MAX_EPOCHS" in keys:
+        return
+    epochs = cfg.SOLVER.MAX_EPOCHS
+    for key in ("SOLVER.STEPS_EPOCHS",) if epochs <= 0 else ("SOLVER.MAX_ITER", "SOLVER.STEPS"):
+        if key in keys:
+            mend = "set that too" if epochs <= 0 else "set SOLVER.MAX_EPOCHS 0 too"
+            raise InputError(f"{source}: {key} has no effect, as SOLVER.MAX_EPOCHS is {epochs}; {mend}")
 
 
 def resolve_device(cfg: CfgNode) -> str:

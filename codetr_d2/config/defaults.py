@@ -7,8 +7,9 @@ def add_codetr_config(cfg: CN) -> None:
     """Add the options of Co-DETR to a detectron2 config, in place.
 
     Options that detectron2 has already keep their names: ``MODEL.RPN``, ``MODEL.ROI_HEADS``, ``MODEL.ROI_BOX_HEAD`` and
-    ``MODEL.ANCHOR_GENERATOR`` describe the ROI auxiliary head, ``TEST.DETECTIONS_PER_IMAGE`` bounds the detections,
-    ``SOLVER`` the optimisation. ``configs/_base_`` sets them as published.
+    ``MODEL.ANCHOR_GENERATOR`` describe the ROI auxiliary head, ``MODEL.RETINANET`` the RetinaNet one,
+    ``TEST.DETECTIONS_PER_IMAGE`` bounds the detections, ``SOLVER`` the optimisation. ``configs/_base_`` sets them as
+    published.
     """
     _C = cfg
     _C.MODEL.CODETR = CN()
@@ -49,7 +50,7 @@ def add_codetr_config(cfg: CN) -> None:
     # Instance masks, with MODEL.MASK_ON: "roi" (the ROI auxiliary head's Mask R-CNN branch) or "refine" (Co-DINO-Inst).
     # MODEL.ROI_MASK_HEAD describes the former, MODEL.REFINE_MASK_HEAD the latter.
     _C.MODEL.CODETR.MASK_HEAD = "roi"
-    _C.MODEL.CODETR.EVAL_HEAD = "detr"  # whose detections inference returns: detr, or an auxiliary head: roi, atss
+    _C.MODEL.CODETR.EVAL_HEAD = "detr"  # whose detections inference returns: detr, or an auxiliary head by its name
 
     _C.MODEL.CODETR.ENCODER = CN()
     _C.MODEL.CODETR.ENCODER.NUM_LAYERS = 6
@@ -88,6 +89,22 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.ATSS.PRE_NMS_TOPK_TEST = 1000  # of each level
     _C.MODEL.ATSS.NMS_THRESH_TEST = 0.6
     _C.MODEL.ATSS.SOFT_NMS = False  # lower the scores of what overlaps instead of dropping it
+    # The RetinaNet auxiliary head, beside detectron2's options in MODEL.RETINANET.
+    _C.MODEL.RETINANET.ANCHOR_SCALE = 4.0  # side of the smallest square anchor of a cell, in strides
+    _C.MODEL.RETINANET.LOSS_CLS = 1.0
+    _C.MODEL.RETINANET.LOSS_BOX = 2.0
+    _C.MODEL.RETINANET.SOFT_NMS = False
+    # The FCOS auxiliary head.
+    _C.MODEL.FCOS = CN()
+    _C.MODEL.FCOS.NUM_CONVS = 1  # stacked convolutions before the predictors
+    _C.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5  # positive points lie so near the centre of their object, in strides
+    _C.MODEL.FCOS.LOSS_CLS = 1.0
+    _C.MODEL.FCOS.LOSS_BOX = 1.0
+    _C.MODEL.FCOS.LOSS_CENTERNESS = 1.0
+    _C.MODEL.FCOS.SCORE_THRESH_TEST = 0.05  # class probability, before it is multiplied by the centre-ness
+    _C.MODEL.FCOS.PRE_NMS_TOPK_TEST = 1000  # of each level
+    _C.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+    _C.MODEL.FCOS.SOFT_NMS = False
     _C.MODEL.ROI_HEADS.SOFT_NMS = False
     _C.MODEL.RPN.NMS_THRESH_TEST = 0.7  # of the proposals at inference; MODEL.RPN.NMS_THRESH is that of training
 
@@ -98,7 +115,7 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.REFINE_MASK_HEAD.IOU_LOSS_WEIGHT = 6.0  # of the mask's predicted quality
 
     # bfloat16: inference computes in it what does not need more (autocast), in a fraction of the time on CPUs and GPUs
-    # that have it in hardware. Training has SOLVER.AMP for that.
+    # that have it in hardware: evaluation, prediction and deployment alike. SOLVER.AMP is for training alone.
     _C.MODEL.CODETR.INFERENCE_DTYPE = "float32"
     # Compile backbone, encoder and decoder for inference (torch.compile): worth the minute that the first images take
     # where thousands follow. It needs a C++ compiler, on a GPU Triton.
@@ -155,10 +172,12 @@ def add_codetr_config(cfg: CN) -> None:
     _C.INPUT.COPY_PASTE.MAX_NUM_PASTED = 100
 
     # Training, beside detectron2's SOLVER options.
+    # None: norms decay like everything else, as published; detectron2 has 0 here, and None for WEIGHT_DECAY_BIAS.
+    _C.SOLVER.WEIGHT_DECAY_NORM = None
     # (part of a parameter's name, factor of its learning rate) pairs; the first that fits counts.
     _C.SOLVER.LR_MULTIPLIERS = []
     # < 1: the learning rate of ViT block i of n is multiplied by this to the power of n - i, and biases and norms have
-    # no weight decay.
+    # no weight decay, unless WEIGHT_DECAY_NORM or WEIGHT_DECAY_BIAS gives them one.
     _C.SOLVER.LAYER_DECAY = 1.0
     # The schedule in epochs: > 0 sets MAX_ITER and STEPS from the size of the training set. Periods stay in iterations.
     _C.SOLVER.MAX_EPOCHS = 0

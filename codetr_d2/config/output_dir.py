@@ -1,17 +1,23 @@
 """The output folder of a run, and what may change where the run is resumed."""
 
+import hashlib
+import logging
 import os
 import re
 from fnmatch import fnmatchcase
 
 import yaml
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.utils.file_io import PathManager
 
 from ..checkpoint.checkpointer import check_writable
 from ..errors import InputError
-from .config_file import options_of
+from .config_file import options_of, plain
 
-__all__ = ["check_output_dir"]
+__all__ = ["check_output_dir", "check_training_data", "training_data"]
+
+logger = logging.getLogger(__name__)
 
 # Options of the model that may change when a run is resumed: they change neither its weights nor what they mean.
 _FREE_TO_CHANGE = (
@@ -28,13 +34,17 @@ _FREE_TO_CHANGE = (
 )
 
 
+# What else of a config may change, and is said.
+_OF_THE_TRAINING = ("SOLVER.", "DATASETS.", "INPUT.", "DATALOADER.")
+
+
 def check_output_dir(cfg: CfgNode, resume: bool, eval_only: bool = False) -> None:
     """Make ``OUTPUT_DIR``, and make sure that the run does not spoil what another one has left there.
 
     Raises:
         InputError: the folder cannot be written; unless ``eval_only`` it holds a run that is not to be resumed or, with
-            ``resume``, a run of another model or other datasets. Options of the solver may change, so that a run can be
-            prolonged.
+            ``resume``, a run of another model or other datasets, or a schedule in epochs for batches of another size.
+            Other options of the training may change, which is said in one line.
     """
     folder = cfg.OUTPUT_DIR
     try:
@@ -59,20 +69,69 @@ def check_output_dir(cfg: CfgNode, resume: bool, eval_only: bool = False) -> Non
             before = dict(options_of(yaml.safe_load(file), cfg))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         raise InputError(f"{path}: not a config; delete it if the run in this folder is the one to resume") from None
-    differing = [
-        f"{key} ({_plain(before[key])} there, {_plain(value)} now)"
+    changed = {
+        key: f"{key} ({plain(before[key])} there, {plain(value)} now)"
         for key, value in options_of(cfg, cfg)
+        if key in before and plain(before[key]) != plain(value)
+    }
+    differing = [
+        text
+        for key, text in changed.items()
         if key.startswith("MODEL.") or key == "DATASETS.TRAIN"
         if not any(fnmatchcase(key, pattern) for pattern in _FREE_TO_CHANGE)
-        if key in before and _plain(before[key]) != _plain(value)
     ]
     if differing:
-        shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
         raise InputError(
-            f"OUTPUT_DIR: {folder} holds a run of another config, which cannot be resumed with this one: {shown}"
+            f"OUTPUT_DIR: {folder} holds a run of another config, which cannot be resumed with this one: "
+            f"{_shown(differing)}"
         )
+    in_epochs = cfg.SOLVER.MAX_EPOCHS > 0
+    if in_epochs and "SOLVER.IMS_PER_BATCH" in changed:
+        raise InputError(
+            f"OUTPUT_DIR: the run in {folder} counts in batches of another size: {changed['SOLVER.IMS_PER_BATCH']}. "
+            "Its schedule in epochs (SOLVER.MAX_EPOCHS) cannot go on with these; set the size as it was"
+        )
+    # A schedule in epochs has set MAX_ITER and STEPS there.
+    unsaid = ("SOLVER.MAX_ITER", "SOLVER.STEPS") if in_epochs else ()
+    others = [text for key, text in changed.items() if key.startswith(_OF_THE_TRAINING) and key not in unsaid]
+    if others:
+        logger.warning("The resumed run goes on with other options than before: %s", _shown(others))
 
 
-def _plain(value):
-    """Tuples as lists, as YAML has them."""
-    return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else value
+def _shown(texts: list[str]) -> str:
+    return "; ".join(texts[:5]) + (f"; and {len(texts) - 5} more" if len(texts) > 5 else "")
+
+
+def training_data(cfg: CfgNode, num_images: int) -> dict[str, object]:
+    """What tells the datasets of ``DATASETS.TRAIN`` from others, wherever they lie; see :func:`check_training_data`."""
+    files = {name: path for name, _, path in cfg.DATASETS.COCO_JSON}
+    digests = {}
+    for name in cfg.DATASETS.TRAIN:
+        path = files.get(name) or MetadataCatalog.get(name).get("json_file", "")
+        if PathManager.isfile(path):
+            digest = hashlib.blake2b(digest_size=16)
+            with PathManager.open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            digests[name] = digest.hexdigest()
+    return {"images": num_images, "annotation_files": digests}
+
+
+def check_training_data(cfg: CfgNode, before: dict, now: dict) -> None:
+    """Make sure that a run is resumed with the data that it was begun with.
+
+    Args:
+        cfg: the config.
+        before, now: what :func:`training_data` says of the run's data and of those that there are.
+
+    Raises:
+        InputError: they differ.
+    """
+    if before != now:
+        counts = f"{before['images']} images there, {now['images']} now"
+        what = counts if before["images"] != now["images"] else "another annotation file"
+        raise InputError(
+            f"DATASETS.TRAIN: {', '.join(cfg.DATASETS.TRAIN)} is not what the run in {cfg.OUTPUT_DIR} was trained on "
+            f"({what}), so that it cannot be resumed; put the data back, or start another run in another OUTPUT_DIR, "
+            "with a checkpoint of this one as MODEL.WEIGHTS"
+        )

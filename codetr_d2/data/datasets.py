@@ -1,40 +1,160 @@
-"""COCO-style datasets on disk: registered in detectron2's catalogs, and checked before any long work starts."""
+"""Datasets on disk: registered in detectron2's catalogs, and checked before any long work starts."""
 
 import itertools
 import logging
-import math
+import os
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
+from typing import Literal
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.build import filter_images_with_only_crowd_annotations
-from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError
+from .annotations import AnnotatedImages, read_coco_json, read_dataset_dicts
 from .images import check_image_file
-from .json_file import read_annotation_json
-from .lvis import load_lvis
+from .shared import once_on_each_machine
 
-__all__ = ["check_registered", "class_names", "load_datasets", "register_datasets", "register_metadata"]
+__all__ = [
+    "AnnotationFile",
+    "annotated_images",
+    "check_registered",
+    "class_names",
+    "load_datasets",
+    "register_datasets",
+    "register_metadata",
+]
 
 logger = logging.getLogger(__name__)
 
-_OVERHANG = 1.0  # pixels that a box may stick out of its image without a word: rounding
 _registered: dict[str, tuple[str, str]] = {}  # dataset name -> (image folder, annotation json)
-_faulty_masks: dict[str, str | None] = {}  # annotation json, once it is read -> what is wrong with its first bad mask
+_read: dict[str, tuple[tuple, AnnotatedImages]] = {}  # dataset name -> what its file looked like, and what it holds
 _checked_images: set[tuple] = set()  # what _check_images has passed in this process
+_IMAGES_PER_TASK = 256
+
+
+@dataclass(frozen=True)
+class AnnotationFile:
+    """A dataset in COCO's format, or one that derives from it. Called, it gives dataset dicts, as DatasetCatalog wants.
+
+    Attributes:
+        name: of the dataset.
+        annotation_json: its file.
+        image_folder: where its images lie.
+        layout: how a file names its images below the folder: "coco" by "file_name"; "objects365" by the last two parts
+            of it, as the archives unpack; "lvis" by the last two parts of "coco_url".
+    """
+
+    name: str
+    annotation_json: str
+    image_folder: str
+    layout: Literal["coco", "objects365", "lvis"] = "coco"
+
+    def __call__(self) -> list[dict]:
+        return self.read().records
+
+    def read(self) -> AnnotatedImages:
+        """Read and check the file, and let the dataset's metadata name the classes.
+
+        Raises:
+            InputError: naming the file and the entry at fault.
+        """
+        required = {"coco": (), "objects365": (), "lvis": ("coco_url",)}[self.layout]
+        dataset = read_coco_json(self.annotation_json, self._file_of, required)
+        if self.layout == "lvis":
+            for category in dataset.categories:
+                if category.get("frequency") not in ("r", "c", "f"):
+                    raise InputError(
+                        f'{self.annotation_json}: the category {category["name"]!r} has no "frequency" (r, c or f), '
+                        "so it is not LVIS's. Get the file anew, or describe it in DATASETS.COCO_JSON."
+                    )
+        self._mend_separators(dataset.records)
+        metadata = MetadataCatalog.get(self.name)
+        if metadata.get("thing_classes") is None:
+            metadata.thing_classes = [x["name"] for x in dataset.categories]
+        if len(metadata.thing_classes) != len(dataset.categories):
+            raise InputError(
+                f"The annotation file {self.annotation_json} has {len(dataset.categories)} categories, but the dataset "
+                f"{self.name!r} is registered with {len(metadata.thing_classes)}. Put the file of that dataset there."
+            )
+        if metadata.get("thing_dataset_id_to_contiguous_id") is None:
+            metadata.thing_dataset_id_to_contiguous_id = {x["id"]: i for i, x in enumerate(dataset.categories)}
+        return dataset
+
+    def _file_of(self, image: dict) -> str:
+        if self.layout == "coco":
+            return os.path.join(self.image_folder, image["file_name"])
+        path = image["coco_url" if self.layout == "lvis" else "file_name"]
+        return os.path.join(self.image_folder, *path.split("/")[-2:])
+
+    def _mend_separators(self, records: list[dict]) -> None:
+        """Names that were written on Windows."""
+        mended = [x for x in records if "\\" in x["file_name"] and not PathManager.isfile(x["file_name"])]
+        for record in mended:
+            record["file_name"] = record["file_name"].replace("\\", "/")
+        if mended:
+            logger.warning(
+                "%s: backslashes are taken for separators of folders in %d file names, like %s",
+                self.annotation_json,
+                len(mended),
+                mended[0]["file_name"],
+            )
+
+
+def annotated_images(name: str, num_classes: int = 0) -> AnnotatedImages:
+    """A dataset as it is trained and evaluated on. It is read once, unless its file changes.
+
+    Files of detectron2's own COCO and LVIS datasets are read here, with the checks of all others. Dataset dicts of
+    other code are checked as they come.
+
+    Args:
+        name: of a registered dataset.
+        num_classes: how many classes there are where it does not name them; 0: unknown.
+
+    Raises:
+        InputError: the dataset is not registered, or at fault.
+    """
+    check_registered([name])
+    file = _annotation_file(name)
+    state = (DatasetCatalog[name],)
+    if file is not None:
+        stat = os.stat(PathManager.get_local_path(file.annotation_json))
+        state = (file, stat.st_mtime_ns, stat.st_size)
+    if name not in _read or _read[name][0] != state:
+        if file is not None:
+            dataset = file.read()
+        else:
+            names = MetadataCatalog.get(name).get("thing_classes") or ()
+            dataset = read_dataset_dicts(name, DatasetCatalog.get(name), names, num_classes)
+        _read[name] = state, dataset
+    return _read[name][1]
+
+
+def _annotation_file(name: str) -> AnnotationFile | None:
+    """The annotation file of a dataset, where that is all it is made of."""
+    make, metadata = DatasetCatalog[name], MetadataCatalog.get(name)
+    if isinstance(make, AnnotationFile):
+        return make
+    if metadata.get("json_file") is None or metadata.get("image_root") is None:
+        return None
+    if metadata.get("evaluator_type") == "lvis":  # detectron2's own loader does not run with today's numpy
+        return AnnotationFile(name, metadata.json_file, metadata.image_root, "lvis")
+    if getattr(make, "__module__", "") == "detectron2.data.datasets.coco":  # its register_coco_instances
+        return AnnotationFile(name, metadata.json_file, metadata.image_root)
+    return None
 
 
 def register_datasets(cfg: CfgNode) -> None:
     """Register the datasets of ``cfg.DATASETS.COCO_JSON``, (name, image folder, annotation json) triples.
 
-    Registering a triple again changes nothing.
+    Registering a triple again changes nothing. Nothing is read before it is used: see :func:`check_registered`.
 
     Raises:
-        InputError: an entry is no such triple, its folder or file does not exist, or its name is taken.
+        InputError: an entry is no such triple, or its name is taken.
     """
     for entry in cfg.DATASETS.COCO_JSON:
         if not (isinstance(entry, (list, tuple)) and len(entry) == 3 and all(isinstance(x, str) for x in entry)):
@@ -47,19 +167,9 @@ def register_datasets(cfg: CfgNode) -> None:
         if _registered.get(name, paths) != paths or (name in DatasetCatalog and name not in _registered):
             taken_by = " and ".join(_registered[name]) if name in _registered else "a dataset registered elsewhere"
             raise InputError(f"DATASETS.COCO_JSON: the name {name!r} is taken by {taken_by}. Choose another name.")
-        if not PathManager.isdir(image_folder):
-            raise InputError(
-                f"The image folder {image_folder} of dataset {name!r} does not exist. Correct DATASETS.COCO_JSON "
-                "(paths are relative to where the command is run) or put the images there."
-            )
-        if not PathManager.isfile(annotation_json):
-            raise InputError(
-                f"The annotation file {annotation_json} of dataset {name!r} does not exist. Correct DATASETS.COCO_JSON "
-                "(paths are relative to where the command is run) or put the file there."
-            )
         if name not in _registered:
-            DatasetCatalog.register(name, partial(_load_coco, name, *paths))
-            MetadataCatalog.get(name).set(image_root=image_folder, json_file=annotation_json, evaluator_type="coco")
+            DatasetCatalog.register(name, AnnotationFile(name, annotation_json, image_folder))
+            MetadataCatalog.get(name).set(image_root=image_folder, evaluator_type="coco")
             _registered[name] = paths
 
 
@@ -86,21 +196,22 @@ def class_names(cfg: CfgNode) -> list[str]:
     if cfg.MODEL.CODETR.CLASS_NAMES or not names:
         return list(cfg.MODEL.CODETR.CLASS_NAMES)
     check_registered(names[:1])
-    metadata = MetadataCatalog.get(names[0])
-    known, annotation_json = metadata.get("thing_classes"), _annotation_json(names[0])
-    if known is None and annotation_json is not None:
-        categories = _check_categories(annotation_json, read_annotation_json(annotation_json))
-        known = [categories[x] for x in sorted(categories)]
-    return list(known or [])
+
+    def load() -> tuple[list, list[str]]:
+        categories = annotated_images(names[0], cfg.MODEL.CODETR.NUM_CLASSES).categories
+        return [], MetadataCatalog.get(names[0]).get("thing_classes") or [x["name"] for x in categories]
+
+    return list(MetadataCatalog.get(names[0]).get("thing_classes") or once_on_each_machine(load)[1])
 
 
-def load_datasets(cfg: CfgNode, names: Sequence[str], is_train: bool) -> list[dict]:
+def load_datasets(cfg: CfgNode, names: Sequence[str], is_train: bool) -> Sequence[dict]:
     """Load datasets as detectron2 dataset dicts and check them, annotations and image files alike.
 
-    For training, the test datasets of the config are checked too, so that nothing stops the evaluation later. Boxes of
-    no area are left out and boxes that overhang the image are clipped, with one warning for each dataset. Images
-    without an object are kept unless ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``. With ``MODEL.MASK_ON`` every annotation
-    must have a mask.
+    For training, the test datasets of the config are checked too, so that nothing stops the evaluation later. What is
+    used of each dataset, and what is left out, is logged in one line. Images without an object are kept unless
+    ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``. With ``MODEL.MASK_ON`` every annotation must have a mask.
+
+    Several processes must call this together: one of each machine loads, and shares the dicts with the others.
 
     Args:
         cfg: the config; its datasets must be registered (:func:`register_datasets`).
@@ -108,8 +219,8 @@ def load_datasets(cfg: CfgNode, names: Sequence[str], is_train: bool) -> list[di
         is_train: whether to train on them.
 
     Returns:
-        One dict for each image: ``file_name``, ``height``, ``width``, ``image_id`` and ``annotations``, whose
-        ``category_id`` count from 0 in the order of the ids in the file.
+        One dict for each image, see :class:`AnnotatedImages`; ``category_id`` count from 0 in the order of the ids in
+        the file.
 
     Raises:
         InputError: naming the file and the key at fault.
@@ -118,43 +229,82 @@ def load_datasets(cfg: CfgNode, names: Sequence[str], is_train: bool) -> list[di
     if not names:
         raise InputError(f"DATASETS.{'TRAIN' if is_train else 'TEST'} is empty. Name a dataset there.")
     other_names = [x for x in cfg.DATASETS.TEST if x not in names] if is_train else []
-    check_registered(names + other_names)
 
-    others = {name: _load(name) for name in other_names}
-    loaded = {name: _load(name) for name in names}
-    dicts = [record for name in names for record in loaded[name]]
-    _check_classes(cfg, names + other_names)
+    def load() -> tuple[list[dict], dict]:
+        dicts = _load_here(cfg, names, other_names, is_train)
+        return dicts, {name: MetadataCatalog.get(name).get("thing_classes") for name in names + other_names}
+
+    dicts, classes = once_on_each_machine(load)
+    for name, value in classes.items():
+        if value is not None and MetadataCatalog.get(name).get("thing_classes") is None:
+            MetadataCatalog.get(name).thing_classes = value
+    return dicts
+
+
+def _load_here(cfg: CfgNode, names: list[str], other_names: list[str], is_train: bool) -> list[dict]:
+    """What :func:`load_datasets` does, in this process."""
+    check_registered(names + other_names)
+    num_classes = cfg.MODEL.CODETR.NUM_CLASSES
+    others = {name: annotated_images(name, num_classes) for name in other_names}
+    loaded = {name: annotated_images(name, num_classes) for name in names}
+    _check_classes(cfg, {**loaded, **others})
     if cfg.MODEL.MASK_ON:
         _check_masks("MODEL.MASK_ON", {**others, **loaded})
     if is_train and cfg.INPUT.COPY_PASTE.ENABLED:
         _check_masks("INPUT.COPY_PASTE.ENABLED", loaded)
     elif is_train and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
         _check_polygons(loaded)
-    if is_train and not any(x.get("iscrowd", 0) == 0 for d in dicts for x in d.get("annotations", [])):
-        raise InputError(
-            f"No image of {', '.join(names)} has a valid box, so there is nothing to learn. "
-            "Check the boxes ([x, y, width, height] in pixels, width and height above 0) in the annotation file."
-        )
-    for name, records in {**others, **loaded}.items():  # last, as it takes longest
-        _check_images(name, records)
+    dicts = [record for name in names for record in loaded[name].records]
+    if is_train:
+        _check_trainable(loaded)
+        for name in set(names) - set(cfg.DATASETS.TEST):
+            _read.pop(name, None)  # whoever asked for the dicts may not need them for long
+    else:
+        for name, dataset in loaded.items():
+            _check_image_ids(name, dataset.records)
+    for name, dataset in others.items():
+        _check_image_ids(name, dataset.records)
+    for name, dataset in {**others, **loaded}.items():  # last, as it takes longest
+        _check_images(name, dataset.records)
     if is_train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         dicts = filter_images_with_only_crowd_annotations(dicts)
     return dicts
 
 
-def _load(name: str) -> list[dict]:
-    if MetadataCatalog.get(name).get("evaluator_type") == "lvis":
-        return load_lvis(name)
-    return DatasetCatalog.get(name)
+def _check_trainable(loaded: dict[str, AnnotatedImages]) -> None:
+    """There is something to learn."""
+    for dataset in loaded.values():
+        if not dataset.is_annotated:
+            raise InputError(f'{dataset.source} has no list "annotations", so there is nothing to learn from it.')
+    crowds = [x["iscrowd"] for d in loaded.values() for record in d.records for x in record["annotations"]]
+    if all(crowds):
+        reason = (
+            f'all {len(crowds)} are crowds ("iscrowd": 1), which are not trained on. Set it to 0 for objects'
+            if crowds
+            else "look at the boxes ([x, y, width, height] in pixels, width and height above 0) in the annotation file"
+        )
+        raise InputError(f"No image of {', '.join(loaded)} has a valid box, so there is nothing to learn: {reason}.")
 
 
-def _annotation_json(name: str) -> str | None:
-    """The annotation file of a dataset, where it has one."""
-    return _registered[name][1] if name in _registered else MetadataCatalog.get(name).get("json_file")
+def _check_image_ids(name: str, records: list[dict]) -> None:
+    """Each image has an id of its own, which evaluation goes by."""
+    seen = set()
+    for record in records:
+        if record.get("image_id") is None:
+            raise InputError(
+                f'The dataset {name!r}: {record["file_name"]} has no "image_id", which evaluation needs. Give each '
+                "image one of its own."
+            )
+        if record["image_id"] in seen:
+            raise InputError(
+                f'The dataset {name!r}: {record["file_name"]} has the "image_id" {record["image_id"]!r} of another '
+                "image. Give each image one of its own."
+            )
+        seen.add(record["image_id"])
 
 
 def check_registered(names: Iterable[str]) -> None:
-    """Every dataset is registered, and the files of those that no config describes are there.
+    """Every dataset is registered, and its files are there.
 
     Raises:
         InputError: naming the dataset or the missing path, and what to do.
@@ -166,27 +316,49 @@ def check_registered(names: Iterable[str]) -> None:
                 "[name, image folder, annotation json] triple in DATASETS.COCO_JSON, or use the name of one of "
                 "detectron2's own datasets, like coco_2017_train."
             )
+        if name in _registered:
+            image_folder, annotation_json = _registered[name]
+            hint = "Correct DATASETS.COCO_JSON (paths are relative to where the command is run)"
+            if not PathManager.isdir(image_folder):
+                raise InputError(
+                    f"The image folder {image_folder} of dataset {name!r} does not exist. {hint} or put the images "
+                    "there."
+                )
+            if not PathManager.isfile(annotation_json):
+                raise InputError(
+                    f"The annotation file {annotation_json} of dataset {name!r} does not exist. {hint} or put the file "
+                    "there."
+                )
+            continue
         metadata = MetadataCatalog.get(name)
         for path in (metadata.get("json_file"), metadata.get("image_root")):
-            if name not in _registered and path is not None and not PathManager.exists(path):
+            if path is not None and not PathManager.exists(path):
                 raise InputError(
                     f"{path} of the dataset {name!r} does not exist. Set the environment variable DETECTRON2_DATASETS "
                     "to the folder that holds detectron2's datasets (./datasets otherwise), or put the dataset there."
                 )
 
 
-def _check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
-    """The datasets, which are loaded, have the same classes, and as many as the model."""
-    classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
+def _check_classes(cfg: CfgNode, loaded: dict[str, AnnotatedImages]) -> None:
+    """The datasets have the same classes, and as many as the model."""
+    classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in loaded}
     classes = {name: list(x) for name, x in classes.items() if x is not None}
     expected = list(cfg.MODEL.CODETR.CLASS_NAMES)
     first = next(iter(classes), None)
     for name, found in classes.items():
         if len(found) != cfg.MODEL.CODETR.NUM_CLASSES:
+            roots = loaded[name].root_categories
+            if roots:
+                mend = (
+                    f"{', '.join(map(repr, roots))} has no annotations and is only the supercategory of others: remove "
+                    f'it from "categories" in {loaded[name].source}, or train it as a class with '
+                    f"MODEL.CODETR.NUM_CLASSES {len(found)}."
+                )
+            else:
+                mend = f"Set MODEL.CODETR.NUM_CLASSES {len(found)}, or correct the categories in its annotation file."
             raise InputError(
                 f"The dataset {name!r} has {len(found)} categories but MODEL.CODETR.NUM_CLASSES is "
-                f"{cfg.MODEL.CODETR.NUM_CLASSES}. Set MODEL.CODETR.NUM_CLASSES {len(found)}, or correct the categories "
-                "in its annotation file."
+                f"{cfg.MODEL.CODETR.NUM_CLASSES}. {mend}"
             )
         if found != classes[first]:
             raise InputError(
@@ -202,15 +374,22 @@ def _check_classes(cfg: CfgNode, names: Sequence[str]) -> None:
             )
 
 
-def _check_polygons(loaded: dict[str, list[dict]]) -> None:
+def _check_polygons(loaded: dict[str, AnnotatedImages]) -> None:
     """No mask is an RLE, but for crowds, which training leaves out."""
-    for name, records in loaded.items():
-        for annotation in itertools.chain.from_iterable(x["annotations"] for x in records):
-            if isinstance(annotation["segmentation"], dict) and not annotation.get("iscrowd", 0):
+    for dataset in loaded.values():
+        for annotation in itertools.chain.from_iterable(x["annotations"] for x in dataset.records):
+            if isinstance(annotation["segmentation"], dict) and not annotation["iscrowd"]:
                 raise InputError(
-                    f'{_annotation_json(name) or name}: the "segmentation" of bbox {annotation["bbox"]} is an RLE, '
-                    "which INPUT.MASK_FORMAT polygon cannot hold. Set INPUT.MASK_FORMAT bitmask."
+                    f'{dataset.source}: the "segmentation" of bbox {annotation["bbox"]} is an RLE, which '
+                    "INPUT.MASK_FORMAT polygon cannot hold. Set INPUT.MASK_FORMAT bitmask."
                 )
+
+
+def _check_masks(option: str, loaded: dict[str, AnnotatedImages]) -> None:
+    """Every annotation of the datasets has the mask that an option needs."""
+    for dataset in loaded.values():
+        if dataset.maskless:
+            raise InputError(dataset.maskless.replace("{option}", option))
 
 
 def _difference(first: list[str], second: list[str]) -> str:
@@ -219,178 +398,41 @@ def _difference(first: list[str], second: list[str]) -> str:
     return next(f"class {i} is {a!r} and {b!r}" for i, (a, b) in enumerate(zip(first, second)) if a != b)
 
 
-def _check_categories(annotation_json: str, data: dict) -> dict[int, str]:
-    """Category id -> name."""
-    categories = {}
-    for i, category in enumerate(data["categories"]):
-        where = f"{annotation_json}: categories[{i}]"
-        if not isinstance(category, dict) or not isinstance(category.get("id"), int) or "name" not in category:
-            raise InputError(f'{where} needs an integer "id" and a "name", but is {category!r}.')
-        if category["id"] in categories:
-            raise InputError(f"{where} has the id {category['id']} of an earlier category. Give each an id of its own.")
-        categories[category["id"]] = str(category["name"])
-    if not categories:
-        raise InputError(f'{annotation_json}: "categories" is empty. List the classes with their ids and names.')
-    return categories
-
-
-def _is_box(box) -> bool:
-    return isinstance(box, (list, tuple)) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
-
-
-def _is_segmentation(segmentation, image_size: list[int]) -> bool:
-    if isinstance(segmentation, dict) and segmentation:
-        return "counts" in segmentation and segmentation.get("size") == image_size
-    return not segmentation or (isinstance(segmentation, list) and all(isinstance(x, list) for x in segmentation))
-
-
-def _check_annotations(annotation_json: str, data: dict) -> None:
-    """Check what detectron2 and pycocotools take for granted in a COCO annotation file."""
-    categories = _check_categories(annotation_json, data)
-    images = {}  # id -> [height, width]
-    for i, image in enumerate(data["images"]):
-        where = f"{annotation_json}: images[{i}]"
-        missing = (
-            [x for x in ("id", "file_name", "width", "height") if x not in image] if isinstance(image, dict) else []
-        )
-        if not isinstance(image, dict) or missing:
-            raise InputError(f"{where} lacks {', '.join(missing) or 'its keys'}. Add what is missing: {image!r}.")
-        where += f" ({image['file_name']})"
-        if not isinstance(image["id"], (int, str)) or not isinstance(image["file_name"], str):
-            raise InputError(f'{where}: "id" must be a number and "file_name" a text, not {image!r}.')
-        if not all(isinstance(image[x], int) and image[x] > 0 for x in ("width", "height")):
-            raise InputError(
-                f'{where}: "width" and "height" must be whole numbers of pixels above 0, not '
-                f"{image['width']!r} and {image['height']!r}."
-            )
-        if image["id"] in images:
-            raise InputError(f"{where} has the id {image['id']!r} of an earlier image. Give each an id of its own.")
-        images[image["id"]] = [image["height"], image["width"]]
-    if not images:
-        raise InputError(f'{annotation_json}: "images" is empty, so there is nothing to read.')
-
-    ids = set()
-    for i, annotation in enumerate(data["annotations"]):
-        where = f"{annotation_json}: annotations[{i}]"
-        if not isinstance(annotation, dict):
-            raise InputError(f"{where} is {annotation!r}, not an object.")
-        missing = [x for x in ("id", "image_id", "category_id", "bbox") if x not in annotation]
-        if missing:
-            raise InputError(f"{where} lacks {', '.join(missing)}. Add what is missing or remove it.")
-        if not isinstance(annotation["id"], (int, str)) or annotation["id"] in ids:
-            raise InputError(f'{where}: "id" is {annotation["id"]!r}. Give each annotation an id of its own.')
-        ids.add(annotation["id"])
-        where += f" (id {annotation['id']})"
-        if not isinstance(annotation["image_id"], (int, str)) or annotation["image_id"] not in images:
-            raise InputError(
-                f'{where}: image_id {annotation["image_id"]!r} is not the id of any entry of "images". '
-                "Correct it, add the image, or remove the annotation."
-            )
-        if not isinstance(annotation["category_id"], int) or annotation["category_id"] not in categories:
-            raise InputError(
-                f'{where}: category_id {annotation["category_id"]!r} is not the id of any entry of "categories" '
-                f"({', '.join(map(str, sorted(categories)[:10]))}{', ...' if len(categories) > 10 else ''}). "
-                "Correct it or add the category."
-            )
-        if not _is_box(annotation["bbox"]):
-            raise InputError(f'{where}: "bbox" is {annotation["bbox"]!r}, not [x, y, width, height] in pixels.')
-        if not _is_segmentation(annotation.get("segmentation"), images[annotation["image_id"]]):
-            raise InputError(
-                f'{where}: "segmentation" must be a list of polygons, each [x, y, x, y, ...], or an RLE with "counts" '
-                f'and the "size" {images[annotation["image_id"]]} of the image.'
-            )
-        if annotation.get("ignore", 0) != 0:
-            raise InputError(f'{where}: "ignore" is not supported. Use "iscrowd": 1, or remove the annotation.')
-
-
-def _load_coco(name: str, image_folder: str, annotation_json: str) -> list[dict]:
-    """Load a COCO annotation file as detectron2 dataset dicts, checked and with usable boxes only."""
-    data = read_annotation_json(annotation_json)
-    _check_annotations(annotation_json, data)
-    _faulty_masks[annotation_json] = _find_faulty_mask(annotation_json, data)
-    scorable = "info" in data and all("area" in x and "iscrowd" in x for x in data["annotations"])
-    del data  # the file of a large dataset takes gigabytes in memory, and is about to be read again
-    dicts = load_coco_json(annotation_json, image_folder, name)
-    metadata = MetadataCatalog.get(name)
-    if not (_clean_boxes(annotation_json, dicts) and scorable) and metadata.get("json_file") == annotation_json:
-        # pycocotools must score against the boxes that are used here, and needs keys that training does not. Without a
-        # json_file, COCOEvaluator writes one from these dicts into its output folder.
-        del metadata.json_file
-    return dicts
-
-
-def _clean_boxes(annotation_json: str, dicts: list[dict]) -> bool:
-    """Drop boxes of no area, clip those that overhang, warn once. Return whether all were fine."""
-    dropped, clipped = [], []
-    for image in dicts:
-        kept = []
-        for annotation in image["annotations"]:
-            x, y, w, h = box = annotation["bbox"]
-            x1, y1 = min(x + w, image["width"]), min(y + h, image["height"])
-            x0, y0 = max(x, 0), max(y, 0)
-            if not (all(map(math.isfinite, box)) and w > 0 and h > 0 and x1 > x0 and y1 > y0):
-                dropped.append((image["file_name"], box))
-                continue
-            if max(x0 - x, y0 - y, x + w - x1, y + h - y1) > _OVERHANG:
-                clipped.append((image["file_name"], box))
-                annotation["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-            kept.append(annotation)
-        image["annotations"] = kept
-    if dropped or clipped:
-        example, box = (dropped or clipped)[0]
-        logger.warning(
-            f"{annotation_json}: {len(dropped)} boxes are left out (no area, not a number, or outside their image) and "
-            f"{len(clipped)} that overhang their image are clipped, for example {box} in {example}. "
-            "Boxes are [x, y, width, height] in pixels."
-        )
-    return not (dropped or clipped)
-
-
-def _is_mask(segmentation) -> bool:
-    """Whether a readable one is a mask: polygons, one of them at least valid, or an RLE."""
-    return isinstance(segmentation, dict) or any(
-        len(x) >= 6 and len(x) % 2 == 0 and all(isinstance(c, (int, float)) for c in x) for x in segmentation or ()
-    )
-
-
-def _find_faulty_mask(annotation_json: str, data: dict) -> str | None:
-    """What is wrong with the first annotation whose mask cannot be used; "{option}" stands for what needs it."""
-    for i, annotation in enumerate(data["annotations"]):
-        segmentation = annotation.get("segmentation")
-        if not _is_mask(segmentation):
-            found = "not a valid" if segmentation else "no"
-            return (
-                f'{annotation_json}: annotations[{i}] (id {annotation["id"]}) has {found} "segmentation", which '
-                "{option} needs. Give it polygons ([[x, y, x, y, x, y, ...], ...] in pixels, three points or more) or "
-                "an RLE, remove the annotation, or set {option} False."
-            )
-    return None
-
-
-def _check_masks(option: str, loaded: dict[str, list[dict]]) -> None:
-    """Every annotation of the datasets has the mask that an option needs."""
-    for name, records in loaded.items():
-        if (fault := _faulty_masks.get(_annotation_json(name))) is not None:
-            raise InputError(fault.replace("{option}", option))
-        for record in records:  # of datasets that were registered elsewhere
-            if not all(x.get("segmentation") for x in record.get("annotations", [])):
-                raise InputError(
-                    f'An annotation of {record["file_name"]} (in {name}) has no "segmentation", which {option} needs. '
-                    f"Add the masks to the dataset or set {option} False."
-                )
-
-
 def _check_images(name: str, dicts: list[dict]) -> None:
     """Every image file is there, can be opened and has the size that its annotation says."""
     files = [(d["file_name"], (d["width"], d["height"]) if "width" in d else None) for d in dicts]
     files = [x for x in files if x not in _checked_images]
-    missing = [path for path, _ in files if not PathManager.isfile(path)]
+    missing = _missing([path for path, _ in files])
     if missing:
         raise InputError(
             f"{len(missing)} of the {len(dicts)} images of {name} are missing, first {', '.join(missing[:3])}. "
             "Put them there, or correct the image folder in DATASETS.COCO_JSON or file_name in the annotation file."
         )
+
+    def check(start: int) -> None:
+        for path, size in files[start : start + _IMAGES_PER_TASK]:
+            check_image_file(path, size)
+
     with ThreadPoolExecutor(8) as pool:  # bound by the disk
-        for _ in pool.map(lambda x: check_image_file(*x), files):
+        for _ in pool.map(check, range(0, len(files), _IMAGES_PER_TASK)):
             pass
     _checked_images.update(files)
+
+
+def _missing(paths: list[str]) -> list[str]:
+    """Those that are no files. A folder is listed once, not asked for each of its files."""
+    by_folder = defaultdict(list)
+    for path in paths:
+        by_folder[os.path.dirname(path)].append(path)
+    missing = []
+    for folder, in_folder in by_folder.items():
+        if "://" in folder or len(in_folder) < _IMAGES_PER_TASK:
+            missing += [x for x in in_folder if not PathManager.isfile(x)]
+            continue
+        try:
+            with os.scandir(folder) as entries:
+                names = {x.name for x in entries if x.is_file()}
+        except OSError:
+            names = set()
+        missing += [x for x in in_folder if os.path.basename(x) not in names]
+    return missing

@@ -1,8 +1,10 @@
 """Reading pictures of any kind, with an error that names the file when one cannot be read."""
 
+import io
 import os
 import struct
 import zlib
+from typing import BinaryIO
 
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
@@ -11,7 +13,10 @@ from PIL import Image
 
 from ..errors import InputError
 
-__all__ = ["check_image_file", "read_image"]
+__all__ = ["NO_PICTURES", "check_image_file", "is_image_file", "read_image"]
+
+# Formats whose headers Pillow reads and whose pictures it doesn't: videos, scientific data, drawings.
+NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 # What Pillow raises on damaged files, depending on the format and on where the damage is.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
@@ -29,9 +34,11 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _TAIL_BYTES = 4096
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_DESCRIPTIONS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
-def _open(file_name: str, file) -> Image.Image:
+def _open(file_name: str, file: BinaryIO) -> Image.Image:
     """Open ``file`` as a picture without decoding its pixels."""
     try:
         return Image.open(file)
@@ -42,6 +49,25 @@ def _open(file_name: str, file) -> Image.Image:
             f"{file_name} is not an image that can be read ({error or type(error).__name__}). "
             "Replace the file, or remove it from the dataset."
         ) from error
+
+
+def _without_descriptions(file: BinaryIO) -> BinaryIO | None:
+    """A PNG file without its texts and its colour profile, None where it is no PNG file or has neither.
+
+    Pillow refuses sound pictures whose texts or profile are larger than it expects.
+    """
+    file.seek(0)
+    if file.read(len(_PNG_SIGNATURE)) != _PNG_SIGNATURE:
+        return None
+    content = memoryview(_PNG_SIGNATURE + file.read())
+    kept, place = [content[: len(_PNG_SIGNATURE)]], len(_PNG_SIGNATURE)
+    while place < len(content):  # a chunk: its length, its kind, so many bytes, a checksum
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        if content[place + 4 : place + 8] not in _PNG_DESCRIPTIONS:
+            kept.append(content[place:end])
+        place = end
+    bare = b"".join(kept)
+    return io.BytesIO(bare) if len(bare) < len(content) else None
 
 
 def _orientation(image: Image.Image) -> int:
@@ -103,25 +129,35 @@ def read_image(file_name: str | os.PathLike, format: str = "BGR", size: tuple[in
     except OSError as error:
         raise InputError(f"{file_name} cannot be opened ({error.strerror or error}). Check the path.") from error
     with file:
-        image = _open(file_name, file)
-        upright = True
-        if size is not None:
-            _check_size(file_name, image, size)
-            upright = size == _upright_size(image)
         try:
-            image.load()
-            if upright and _orientation(image) in _UPRIGHT:
-                image = image.transpose(_UPRIGHT[_orientation(image)])
-            if image.mode in _DEEP_MODES:
-                image = _to_8_bit(image)
-            elif image.mode in ("P", "PA"):
-                image = image.convert("RGBA")  # Pillow warns about some transparent palettes otherwise
-            return np.require(convert_PIL_to_numpy(image, format), requirements=["C", "W"])
-        except _DAMAGE as error:
-            raise InputError(
-                f"{file_name} is truncated or damaged ({error or type(error).__name__}). "
-                "Replace the file, or remove it from the dataset."
-            ) from error
+            return _read(file_name, file, format, size)
+        except InputError as error:
+            bare = _without_descriptions(file) if error.__cause__ else None
+            if bare is None:
+                raise
+        return _read(file_name, bare, format, size)
+
+
+def _read(file_name: str, file: BinaryIO, format: str, size: tuple[int, int] | None) -> np.ndarray:
+    image = _open(file_name, file)
+    upright = True
+    if size is not None:
+        _check_size(file_name, image, size)
+        upright = size == _upright_size(image)
+    try:
+        image.load()
+        if upright and _orientation(image) in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[_orientation(image)])
+        if image.mode in _DEEP_MODES:
+            image = _to_8_bit(image)
+        elif image.mode in ("P", "PA"):
+            image = image.convert("RGBA")  # Pillow warns about some transparent palettes otherwise
+        return np.require(convert_PIL_to_numpy(image, format), requirements=["C", "W"])
+    except _DAMAGE as error:
+        raise InputError(
+            f"{file_name} is truncated or damaged ({error or type(error).__name__}). "
+            "Replace the file, or remove it from the dataset."
+        ) from error
 
 
 def check_image_file(file_name: str | os.PathLike, size: tuple[int, int] | None = None) -> None:
@@ -141,13 +177,33 @@ def check_image_file(file_name: str | os.PathLike, size: tuple[int, int] | None 
     end_marks = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
     try:
         with PathManager.open(file_name, "rb") as file:
-            image = _open(file_name, file)
-            if size is not None:
-                _check_size(file_name, image, size)
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - _TAIL_BYTES))
-            whole = image.format in end_marks and end_marks[image.format] in file.read()
+            try:
+                image = _open(file_name, file)
+            except InputError:
+                whole = False  # the whole file is looked at below
+            else:
+                if size is not None:
+                    _check_size(file_name, image, size)
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - _TAIL_BYTES))
+                whole = image.format in end_marks and end_marks[image.format] in file.read()
     except OSError as error:
         raise InputError(f"{file_name} cannot be opened ({error.strerror or error}). Check the path.") from error
     if not whole:
         read_image(file_name, size=size)
+
+
+def is_image_file(file_name: str | os.PathLike) -> bool:
+    """Whether a file is a picture by what it holds, whatever its name; damage after its header is not looked for."""
+    file_name = os.fspath(file_name)
+    try:
+        with PathManager.open(file_name, "rb") as file:
+            try:
+                image = _open(file_name, file)
+            except InputError:
+                if (bare := _without_descriptions(file)) is None:
+                    return False
+                image = _open(file_name, bare)
+    except (OSError, InputError):
+        return False
+    return image.format not in NO_PICTURES

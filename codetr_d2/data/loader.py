@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.data.samplers import InferenceSampler, RepeatFactorTrainingSampler
 from detectron2.utils import comm
@@ -15,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from ..errors import InputError
 from .samplers import BatchStream
+from .shared import SharedRecords
 
 __all__ = ["TRAIN_SAMPLERS", "build_test_loader", "build_train_loader"]
 
@@ -41,7 +41,7 @@ class _Samples(Dataset):
     """
 
     def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict]):
-        self.records = records if isinstance(records, DatasetFromList) else DatasetFromList(records, copy=False)
+        self.records = SharedRecords.of(records)
         self.mapper = mapper
 
     def __len__(self) -> int:
@@ -91,13 +91,15 @@ class _Loader(DataLoader):
 
 
 def _aspect_groups(records: Iterable[dict]) -> list[int]:
+    groups = []
     for record in records:
         if "width" not in record or "height" not in record:
             raise InputError(
                 f"{record.get('file_name')}: its width and height are not in the dataset; "
                 "add them, or set DATALOADER.ASPECT_RATIO_GROUPING False"
             )
-    return [int(record["width"] > record["height"]) for record in records]
+        groups.append(int(record["width"] > record["height"]))
+    return groups
 
 
 def build_train_loader(cfg: CfgNode, records: Sequence[dict], mapper: Callable[[dict], dict]) -> DataLoader:
@@ -105,7 +107,8 @@ def build_train_loader(cfg: CfgNode, records: Sequence[dict], mapper: Callable[[
 
     Args:
         cfg: ``SOLVER.IMS_PER_BATCH`` images over all processes and accumulated micro-batches; ``DATALOADER`` options.
-        records: detectron2 dataset dicts; a ``DatasetFromList`` of them is shared with the mapper, if that has it too.
+        records: detectron2 dataset dicts; :class:`SharedRecords` are used as they are, so that a mapper may have them
+            too.
         mapper: turns a record into a sample of the model. It may draw from Python's, numpy's and torch's global
             generators.
 

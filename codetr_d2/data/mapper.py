@@ -14,6 +14,7 @@ from PIL import Image
 
 from .copy_paste import CutOuts, choose_objects, paste_objects
 from .images import read_image
+from .transforms import ResizeShortestEdge
 
 __all__ = ["CoDETRDatasetMapper", "build_augmentations"]
 
@@ -51,7 +52,12 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     side becomes ``MODEL.CODETR.CANVAS_SIZE`` times a random factor, what exceeds a square of that side is cut off at
     random, and what is missing is filled up at the right and the bottom with ``MODEL.CODETR.CANVAS_VALUE``.
     """
-    augmentations = utils.build_augmentation(cfg, is_train)
+    augmentations = [
+        ResizeShortestEdge(x.short_edge_length, x.max_size, x.sample_style, x.interp)
+        if isinstance(x, T.ResizeShortestEdge)
+        else x
+        for x in utils.build_augmentation(cfg, is_train)
+    ]
     jitter = cfg.INPUT.LARGE_SCALE_JITTER
     if is_train and jitter.ENABLED:
         side = cfg.MODEL.CODETR.CANVAS_SIZE
@@ -64,7 +70,7 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
             T.FixedSizeCrop((side, side), pad_value=cfg.MODEL.CODETR.CANVAS_VALUE, seg_pad_value=0),
         ]
     if is_train and cfg.INPUT.CROP.ENABLED:
-        resize = T.ResizeShortestEdge(CROP_SHORT_SIDES, CROP_MAX_SIZE, sample_style="choice")
+        resize = ResizeShortestEdge(CROP_SHORT_SIDES, CROP_MAX_SIZE, sample_style="choice")
         crop = T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)
         augmentations.insert(0, T.RandomApply(T.AugmentationList([resize, crop]), prob=0.5))
     return augmentations
@@ -87,13 +93,16 @@ class _Picture(T.AugInput):
                 self.image = part.apply_image(self.image)
 
 
+def _unflipped(image: np.ndarray) -> np.ndarray:
+    """An array that torch takes: flips are negative strides, even along an axis of one pixel."""
+    return image.copy() if any(x < 0 for x in image.strides) else image
+
+
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """[H, W, C] uint8 -> [height, width, C]."""
     if image.shape[:2] == (height, width):
         return image
-    if any(x < 0 for x in image.strides):  # flipped
-        image = image.copy()
-    pixels = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
+    pixels = torch.from_numpy(_unflipped(image)).permute(2, 0, 1).unsqueeze(0)
     resized = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
@@ -170,7 +179,7 @@ class CoDETRDatasetMapper(DatasetMapper):
         elif "annotations" in dataset_dict:
             self._transform_annotations(dataset_dict, transforms, image.shape[:2])
         # One tensor goes between processes through shared memory; anything else would be pickled.
-        dataset_dict["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        dataset_dict["image"] = torch.from_numpy(_unflipped(np.ascontiguousarray(image.transpose(2, 0, 1))))
         return dataset_dict
 
     @property

@@ -8,23 +8,12 @@ Expected in ``$DETECTRON2_DATASETS`` (./datasets otherwise)::
 """
 
 import os
-from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
-__all__ = ["load_objects365", "register_objects365"]
+from .datasets import AnnotationFile
 
-
-def load_objects365(annotation_json: str, image_folder: str, name: str) -> list[dict]:
-    """Load an annotation file of Objects365 v2 as detectron2 dataset dicts.
-
-    The file calls its images images/v1/patch8/x.jpg, while the archives unpack to patch8/x.jpg.
-    """
-    dicts = load_coco_json(annotation_json, image_folder, name)
-    for record in dicts:
-        record["file_name"] = os.path.join(image_folder, *record["file_name"].split("/")[-2:])
-    return dicts
+__all__ = ["register_objects365"]
 
 
 def register_objects365(root: str) -> None:
@@ -34,7 +23,7 @@ def register_objects365(root: str) -> None:
         annotation_json = os.path.join(root, "objects365", "annotations", f"zhiyuan_objv2_{split}.json")
         image_folder = os.path.join(root, "objects365", split)
         if name not in DatasetCatalog:  # another project may have registered it
-            DatasetCatalog.register(name, partial(load_objects365, annotation_json, image_folder, name))
+            DatasetCatalog.register(name, AnnotationFile(name, annotation_json, image_folder, "objects365"))
             MetadataCatalog.get(name).set(json_file=annotation_json, image_root=image_folder, evaluator_type="coco")
 
 

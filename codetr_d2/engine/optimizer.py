@@ -2,12 +2,13 @@
 
 import logging
 import math
+from functools import cache
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
-from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping, reduce_param_groups
 from torch import Tensor, nn
 
 from ..option_checks import option
@@ -21,17 +22,26 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW on all trainable parameters.
 
     The learning rate is ``SOLVER.BASE_LR`` times the factor of the first entry of ``SOLVER.LR_MULTIPLIERS`` that is
-    part of the parameter's name; ``SOLVER.WEIGHT_DECAY`` is on every parameter, as published: neither norms nor biases
-    are exempt.
+    part of the parameter's name, and for biases times ``SOLVER.BIAS_LR_FACTOR``. ``SOLVER.WEIGHT_DECAY`` is on every
+    parameter, as published, but for norms and biases where ``WEIGHT_DECAY_NORM`` and ``WEIGHT_DECAY_BIAS`` are set;
+    what is a norm or a bias, detectron2 decides.
 
     With ``SOLVER.LAYER_DECAY`` d < 1 the learning rate of ViT block i of n is also multiplied by d^(n - i), that of the
-    patch and position embeddings by d^(n + 1), so that layers which are closer to the image change less; and norms and
-    biases of the whole model have no weight decay.
+    patch and position embeddings by d^(n + 1), so that layers which are closer to the image change less; and vectors,
+    which are norms and biases, have by themselves no weight decay.
 
     detectron2's own kinds of ``SOLVER.CLIP_GRADIENTS`` (norm, value: of each parameter) are part of the
     optimizer's step; ``full_model`` is :func:`clip_full_model`, called by the trainer.
     """
     multipliers = [(part, float(factor)) for part, factor in cfg.SOLVER.LR_MULTIPLIERS]
+    given_decays = {
+        parameter: group["weight_decay"]
+        for group in get_default_optimizer_params(
+            model, weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM, weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS
+        )
+        for parameter in group["params"]
+        if "weight_decay" in group
+    }
 
     layer_decay = cfg.SOLVER.LAYER_DECAY
     if layer_decay < 1:
@@ -39,10 +49,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     def rate_of(name: str) -> float:
         rate = cfg.SOLVER.BASE_LR * next((factor for part, factor in multipliers if part in name), 1.0)
+        if name.rpartition(".")[2] == "bias":
+            rate *= cfg.SOLVER.BIAS_LR_FACTOR
         return rate * get_vit_lr_decay_rate(name, layer_decay, depth) if layer_decay < 1 else rate
 
     def decay_of(parameter: nn.Parameter) -> float:
-        return 0.0 if layer_decay < 1 and parameter.ndim <= 1 else cfg.SOLVER.WEIGHT_DECAY
+        usual = 0.0 if layer_decay < 1 and parameter.ndim <= 1 else cfg.SOLVER.WEIGHT_DECAY
+        return given_decays.get(parameter, usual)
 
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for part, _ in multipliers:
@@ -62,20 +75,43 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer = adamw(groups, lr=cfg.SOLVER.BASE_LR, fused=True)
     except RuntimeError:  # this torch has no fused kernel for this device
         optimizer = adamw(groups, lr=cfg.SOLVER.BASE_LR, foreach=True)
-    optimizer.register_load_state_dict_pre_hook(_keep_kernel)
+    names = {parameter: name for name, parameter in parameters.items()}
+    for group in optimizer.param_groups:
+        group["param_names"] = [names[parameter] for parameter in group["params"]]
+    optimizer.register_load_state_dict_pre_hook(_keep_options)
     return optimizer
 
 
-def _keep_kernel(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
-    """Go on with the kernel for this device, whichever the checkpoint was written with."""
-    kernel = {name: optimizer.defaults[name] for name in ("fused", "foreach")}
-    return {**state_dict, "param_groups": [{**group, **kernel} for group in state_dict["param_groups"]]}
+def _keep_options(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+    """The state of a checkpoint under the groups and options of this optimizer: learning rates, decays, the kernel.
+
+    Raises:
+        ValueError: the checkpoint is about other parameters.
+    """
+    groups, saved = optimizer.param_groups, state_dict["param_groups"]
+    if all("param_names" in group for group in saved):
+        saved_names = [name for group in saved for name in group["param_names"]]
+    elif [len(group["params"]) for group in groups] == [len(group["params"]) for group in saved]:
+        saved_names = [name for group in groups for name in group["param_names"]]
+    else:
+        raise ValueError("it has no names of parameters, and groups of other sizes")
+    index = dict(zip(saved_names, (i for group in saved for i in group["params"])))
+    differing = index.keys() ^ {name for group in groups for name in group["param_names"]}
+    if differing:
+        raise ValueError(f"{sorted(differing)[0]} is trained by one of them alone")
+    own = [{**group, "params": [index[name] for name in group["param_names"]]} for group in groups]
+    return {**state_dict, "param_groups": own}
 
 
-def clip_full_model(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> Tensor:
+def clip_full_model(optimizer: torch.optim.Optimizer, cfg: CfgNode, in_step: bool = True) -> Tensor:
     """Scale all gradients together so that their total norm is at most ``CLIP_VALUE``, if the config asks for that.
 
-    A fused optimizer scales them in its next step, where it reads them anyway; else they are scaled now.
+    Args:
+        optimizer: of the parameters.
+        cfg: ``SOLVER.CLIP_GRADIENTS``.
+        in_step: let a fused optimizer scale them in its next step, where it reads them anyway, if it does so. Not for
+            one that a ``GradScaler`` steps: that one sets the same attribute, and what it makes of a value that it
+            finds depends on torch's version.
 
     Returns:
         The total norm before clipping, a scalar on the device: of kind ``SOLVER.CLIP_GRADIENTS.NORM_TYPE``.
@@ -87,11 +123,22 @@ def clip_full_model(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> Tensor:
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
         # As torch.nn.utils.clip_grad_norm_ does: no look at the norm, which would wait for the device.
         divisor = torch.clamp((norm + 1e-6) / clip.CLIP_VALUE, min=1.0)
-        if optimizer.defaults.get("fused"):
-            optimizer.grad_scale = divisor.float()  # GradScaler leaves it, once the gradients are unscaled
+        if in_step and optimizer.defaults.get("fused") and _fused_step_divides(divisor.device):
+            optimizer.grad_scale = divisor.float()
         else:
             torch._foreach_div_(gradients, divisor)
     return norm
+
+
+@cache
+def _fused_step_divides(device: torch.device) -> bool:
+    """Whether a fused step divides gradients by the optimizer's ``grad_scale``: tried, as torch does not promise it."""
+    parameter = nn.Parameter(torch.zeros(1, device=device))
+    parameter.grad = torch.full_like(parameter, 6.0)
+    optimizer = torch.optim.AdamW([parameter], betas=(0.0, 0.0), fused=True)
+    optimizer.grad_scale = torch.full((), 3.0, device=device)
+    optimizer.step()
+    return optimizer.state[parameter]["exp_avg"].item() == 2.0
 
 
 def schedule_in_iterations(cfg: CfgNode, num_images: int) -> CfgNode:

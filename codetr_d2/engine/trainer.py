@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, MetadataCatalog
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
@@ -25,12 +24,14 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint.checkpointer import CoDETRCheckpointer, last_whole
 from ..config.config_file import resolve_device, save_config
+from ..config.output_dir import check_training_data, training_data
 from ..data.datasets import check_registered, class_names, load_datasets, register_datasets
 from ..data.loader import build_test_loader, build_train_loader
 from ..data.mapper import CoDETRDatasetMapper
 from ..data.samplers import derive_seed, seed_rng
+from ..data.shared import SharedRecords
 from ..errors import InputError, named_disk_problems
-from ..evaluation import EVALUATORS
+from ..evaluation import DetectionEvaluator, evaluation_style
 from .ema import ModelEMA
 from .hooks import BestCheckpointer, MetricsWriter, PeriodicCheckpointer, PeriodicWriter, drop_metrics_from
 from .log_file import LogFile, one_line_errors
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def autocast(cfg: CfgNode) -> torch.autocast:
-    """The context of ``SOLVER.AMP`` for ``MODEL.DEVICE``; one that changes nothing where it is not enabled."""
+    """The context of ``SOLVER.AMP``, for training on ``MODEL.DEVICE``; it changes nothing where that is not enabled."""
     return torch.autocast(
         torch.device(cfg.MODEL.DEVICE).type, dtype=getattr(torch, cfg.SOLVER.AMP.DTYPE), enabled=cfg.SOLVER.AMP.ENABLED
     )
@@ -94,7 +95,7 @@ class StepTrainer(SimpleTrainer):
                 self.grad_scaler.scale(losses.sum() / steps).backward()
             sums = sums + losses.detach() / steps
         self.grad_scaler.unscale_(self.optimizer)
-        norm = clip_full_model(self.optimizer, self.cfg)
+        norm = clip_full_model(self.optimizer, self.cfg, in_step=not self.grad_scaler.is_enabled())
 
         self._write_step([*names, "grad_norm"], torch.cat((sums, norm[None])), data_time, batch)
         self.grad_scaler.step(self.optimizer)
@@ -140,8 +141,8 @@ class StepTrainer(SimpleTrainer):
             super().load_state_dict(state_dict)
         except ValueError as error:
             raise InputError(
-                f"the checkpoint's optimizer has other parameter groups than this config makes ({error}); "
-                "set SOLVER.LR_MULTIPLIERS as they were"
+                f"the checkpoint's optimizer does not fit this config's ({error}); set the options of the model and "
+                "SOLVER.LR_MULTIPLIERS as they were"
             ) from None
         if self.grad_scaler.is_enabled() and state_dict["grad_scaler"]:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
@@ -186,6 +187,7 @@ class CoDETRTrainer(DefaultTrainer):
         logger.info("Seed of this run: %d", self.seed)
         seed_rng(derive_seed(self.seed, "model"))
         data_loader = self.build_train_loader(cfg)
+        self._data = training_data(cfg, len(data_loader.dataset))
         self.cfg = cfg = schedule_in_iterations(cfg, round(data_loader.batch_sampler.epoch_size))
         self.bare_model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, self.bare_model)
@@ -253,14 +255,9 @@ class CoDETRTrainer(DefaultTrainer):
         """Go on from the last checkpoint of ``OUTPUT_DIR`` if ``resume`` and there is one; else load ``MODEL.WEIGHTS``.
 
         Raises:
-            InputError: the file is at fault, or the run is already longer than ``SOLVER.MAX_ITER``.
+            InputError: the file is at fault, or the run has other data or is already longer than ``SOLVER.MAX_ITER``.
         """
         super().resume_or_load(resume)
-        if self.start_iter > self.max_iter:
-            raise InputError(
-                f"SOLVER.MAX_ITER is {self.max_iter}, but the run in {self.cfg.OUTPUT_DIR} has done {self.start_iter} "
-                "iterations already; set it higher, or choose another OUTPUT_DIR"
-            )
         if self.ema and not self.ema.loaded:
             self.ema.restart()
 
@@ -298,10 +295,22 @@ class CoDETRTrainer(DefaultTrainer):
         super().after_train()
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "seed": self.seed}
+        return {**super().state_dict(), "seed": self.seed, "data": self._data}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        check_training_data(self.cfg, state_dict.get("data", self._data), self._data)
+        done = state_dict["iteration"] + 1
+        if done > self.max_iter:
+            raise InputError(
+                f"SOLVER.MAX_ITER is {self.max_iter}, but the run in {self.cfg.OUTPUT_DIR} has done {done} iterations "
+                "already; set it higher, or choose another OUTPUT_DIR"
+            )
+        rates = self.scheduler.base_lrs
         super().load_state_dict(state_dict)
+        # The schedule goes on where it was, with the options of this config.
+        self.scheduler.base_lrs = rates
+        for group, rate in zip(self._trainer.optimizer.param_groups, self.scheduler.get_lr()):
+            group["lr"] = rate
         if state_dict["seed"] != self.seed:
             self.seed = state_dict["seed"]
             logger.info("The resumed run goes on with its seed, %d", self.seed)
@@ -323,8 +332,7 @@ class CoDETRTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
-        # Serialised, so that worker processes share the records instead of each coming to hold a copy.
-        records = DatasetFromList(load_datasets(cfg, cfg.DATASETS.TRAIN, True), copy=False)
+        records = SharedRecords.of(load_datasets(cfg, cfg.DATASETS.TRAIN, True))
         return build_train_loader(cfg, records, CoDETRDatasetMapper(cfg, True, records=records))
 
     @classmethod
@@ -333,24 +341,27 @@ class CoDETRTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """The evaluator of the dataset's ``evaluator_type``: COCO's, also where the dataset names none, or LVIS's.
+        """COCO's evaluation, also where the dataset does not name one, or LVIS's: see :class:`DetectionEvaluator`.
 
         Both limit the detections of an image as their published numbers do, to 100 and 300, whatever
         ``TEST.DETECTIONS_PER_IMAGE`` is.
         """
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-        if kind not in EVALUATORS:
-            raise InputError(
-                f"DATASETS.TEST: {dataset_name} asks for the evaluator {kind!r}; there are: {', '.join(EVALUATORS)}"
-            )
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return EVALUATORS[kind](dataset_name, output_dir=output_dir, allow_cached_coco=False)
+        return DetectionEvaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> OrderedDict:
-        """Evaluate on ``DATASETS.TEST``, in the precision of the training."""
-        with autocast(cfg):
+        """Evaluate on ``DATASETS.TEST``.
+
+        Raises:
+            InputError: the model computes no finite numbers.
+        """
+        try:
             return super().test(cfg, model, evaluators)
+        except FloatingPointError as error:
+            raise InputError(
+                f"evaluation stopped: {error}. The weights are damaged, or their training has diverged: take an "
+                "earlier checkpoint, and lower SOLVER.BASE_LR"
+            ) from error
 
 
 def setup(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
@@ -381,9 +392,13 @@ def setup(cfg: CfgNode, eval_only: bool = False) -> CfgNode:
         cfg.MODEL.DEVICE = device
     register_datasets(cfg)
     check_registered((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    for name in cfg.DATASETS.TEST:
+        evaluation_style(name)
     cfg.MODEL.CODETR.CLASS_NAMES = class_names(cfg)
     if not eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if getattr(cfg, "FLOAT32_PRECISION", ""):  # not every detectron2 has it
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
     cfg.freeze()
     return cfg
 

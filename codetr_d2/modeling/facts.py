@@ -46,12 +46,14 @@ class ClassRows:
     Attributes:
         per_class: rows of each class, which follow each other.
         extra: rows behind those of the classes, for background.
+        repeats: how many times the rows of all classes come, once for each anchor of a cell.
         are_classes: False where there are as many rows as classes, but they stand for something else: they are taken
             over as they stand, whatever the classes are.
     """
 
     per_class: int = 1
     extra: int = 0
+    repeats: int = 1
     are_classes: bool = True
 
 

@@ -101,8 +101,6 @@ class CoDETR(nn.Module):
                     'MODEL.CODETR.MASK_HEAD is "roi", which is a branch of the ROI auxiliary head: add "roi" to '
                     'MODEL.CODETR.AUX_HEADS, or choose the mask head "refine"'
                 )
-        if cfg.MODEL.KEYPOINT_ON:
-            raise InputError("MODEL.KEYPOINT_ON is True, but Co-DETR has no keypoints; set it to False")
         one_of(cfg, "MODEL.MS_DEFORM_ATTN", ["auto", "cpp", "triton", "eager"])
         positive(cfg, "MODEL.CODETR.NUM_CLASSES", "MODEL.CODETR.SIZE_DIVISIBILITY")
         within(cfg, 0, math.inf, "MODEL.CODETR.LAMBDA2", "MODEL.CODETR.CANVAS_SIZE")

@@ -29,12 +29,17 @@ def detections_from_queries(
     Returns:
         For each image ``pred_boxes`` (xyxy pixels of the network input, clipped), ``scores`` and ``pred_classes``,
         by descending score.
+
+    Raises:
+        FloatingPointError: a box or a score is not finite.
     """
     num_classes = logits.shape[-1]
     num_kept = logits.shape[1] if soft_nms_thresh > 0 else max_detections
     scores, index = logits.sigmoid().flatten(1).topk(min(num_kept, logits[0].numel()), dim=1)
     query, label = index // num_classes, index % num_classes
     boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, query.unsqueeze(-1).expand(-1, -1, 4))
+    if not (scores.isfinite().all() & boxes.isfinite().all()):
+        raise FloatingPointError("the model's predictions are not finite (NaN or infinite)")
     results = []
     for i, (height, width) in enumerate(image_sizes):
         result = Instances((height, width))

@@ -1,5 +1,7 @@
 """The benchmark's commands, on a model that is as small as it can be."""
 
+import contextlib
+import io
 import itertools
 import json
 import shlex
@@ -20,9 +22,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as script
-from benchmarks import against, loader, machine, model, op, parts, tables
+from benchmarks import against, annotations, loader, machine, model, op, parts, tables
+from codetr_d2.data.annotations import read_coco_json
 from codetr_d2.data.samplers import seed_rng
 from codetr_d2.errors import InputError
+from codetr_d2.evaluation import average_precisions
 from codetr_d2.ops import active_backend, ms_deform_attn
 
 pytestmark = pytest.mark.slow
@@ -53,11 +57,14 @@ def in_process(monkeypatch):
 
 
 def run(*args) -> str:
-    """What the command says of its end: "" where all is well, or the error."""
+    """What the command says of its end: "" where all is well, or the error, with which its exit code is 2."""
+    errors = io.StringIO()
     try:
-        script.main([str(x) for x in args])
+        with contextlib.redirect_stderr(errors):
+            script.main([str(x) for x in args])
     except SystemExit as error:
-        return str(error.code)
+        assert error.code == 2
+        return errors.getvalue().strip()
     return ""
 
 
@@ -206,9 +213,8 @@ def test_bad_input_gives_one_error(command, args, message):
 
 
 @pytest.mark.parametrize("sizes", ["800", "800x", "0x64", "800x1333;64x64"])
-def test_sizes_are_pairs(sizes, capsys):
-    assert run("inference", "--config-file", DINO, "--sizes", sizes) == "2"
-    assert "like 800x1333" in capsys.readouterr().err
+def test_sizes_are_pairs(sizes):
+    assert "like 800x1333" in run("inference", "--config-file", DINO, "--sizes", sizes)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +284,26 @@ def test_loader(config, tmp_path, capsys):
     assert whole["workers"] == 0 and whole["images_per_second"] == pytest.approx(4 / whole["seconds"])
     assert output.with_suffix(".png").exists()
     assert "the mapper alone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command, peer", [("annotations", "detectron2, not checked"), ("evaluation", "pycocotools")])
+def test_annotations_in_turn_with_a_peer(tmp_path, capsys, command, peer):
+    output = tmp_path / "report.json"
+    args = ("--images", 20, "--objects", 90, "--repeat", 2, "--threads", 1, "--output", output)
+    assert run(command, *args, *(("--detections", 12) if command == "evaluation" else ())) == ""
+    report = json.loads(output.read_text())
+    assert len(report["sides"]) == 2 and all(len(x["seconds"]) == 2 for x in report["sides"].values())
+    assert peer in capsys.readouterr().out and output.with_suffix(".png").exists()
+
+
+def test_the_annotations_of_the_benchmark_are_fit_for_it(tmp_path):
+    """Nothing of them is left out, and some detections are right."""
+    data = annotations.make_annotations(20, 90)
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    dataset = read_coco_json(str(tmp_path / "data.json"), str)
+    assert sum(len(x["annotations"]) for x in dataset.records) == 90 and not dataset.maskless
+    results = [{**x, "category_id": x["category_id"] - 1} for x in annotations.make_detections(data, 12)]
+    assert 5 < average_precisions(dataset, results, "bbox", "coco")["AP50"] < 95
 
 
 def test_the_loaders_pictures(tmp_path):
@@ -441,5 +467,5 @@ def test_the_commands_of_the_page_are_valid(command, monkeypatch):
         if args.sweep:
             name, values = model.parse_sweep(args.sweep)
             assert [model.swept_case(case, name, value) for value in values]
-    elif command[0] != "op":
+    elif command[0] not in ("op", "annotations", "evaluation"):
         assert model.read_config(args, "cpu")

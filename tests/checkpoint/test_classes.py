@@ -42,6 +42,9 @@ def test_names_of_a_dataset_that_is_not_loaded(tmp_path):
         MetadataCatalog.pop("classes_own")
 
 
+HEADS = ("roi", "atss", "atss", "retinanet")
+
+
 def rows(co_deformable=False):
     """What a model with every classifier says of them."""
     one = (
@@ -57,6 +60,7 @@ def rows(co_deformable=False):
         "query_head.proposals.class_embed": ClassRows(are_classes=not co_deformable),
         "auxiliary_heads.roi.roi_heads.box_predictor.cls_score": ClassRows(extra=1),
         "auxiliary_heads.roi.roi_heads.box_predictor.bbox_pred": ClassRows(per_class=4),
+        "auxiliary_heads.retinanet.cls_score": ClassRows(repeats=9),
     }
 
 
@@ -66,13 +70,14 @@ def test_models_say_what_their_classifiers_are(co_deformable, mask_head):
     """And of every parameter whose shape depends on the classes."""
     options = ["MODEL.CODETR.QUERY_HEAD", "CoDeformableDETRHead" if co_deformable else "CoDINOHead"]
     options += ["MODEL.MASK_ON", True, "MODEL.CODETR.MASK_HEAD", mask_head, "MODEL.CODETR.NUM_CLASSES"]
-    model, other = (build(*options, n, aux_heads=("roi", "atss", "atss")).state_dict() for n in (7, 11))
-    own = class_rows(build(*options, 7, aux_heads=("roi", "atss", "atss")))
+    model, other = (build(*options, n, aux_heads=HEADS).state_dict() for n in (7, 11))
+    own = class_rows(build(*options, 7, aux_heads=HEADS))
     dependent = {name for name in model if model[name].shape != other[name].shape}
     assert dependent == {name for name in model if rows_of(name, own)}
     for name in dependent:
         layout = rows_of(name, own)
-        assert [len(x[name]) for x in (model, other)] == [layout.per_class * n + layout.extra for n in (7, 11)]
+        per_class = layout.per_class * layout.repeats
+        assert [len(x[name]) for x in (model, other)] == [per_class * n + layout.extra for n in (7, 11)]
     stated = {name: layout for name, layout in own.items() if any(x.startswith(f"{name}.") for x in model)}
     assert stated.items() <= rows(co_deformable).items()
     assert (number_of_classes(model, own), number_of_classes(other, own)) == (7, 11)
@@ -91,6 +96,7 @@ def state_dict(classes, value, agnostic=False):
         "auxiliary_heads.roi.roi_heads.box_predictor.cls_score.bias": torch.cat((numbers, torch.tensor([value - 1.0]))),
         "auxiliary_heads.roi.roi_heads.box_predictor.bbox_pred.bias": numbers.repeat_interleave(4),
         "auxiliary_heads.roi.roi_heads.mask_head.predictor.bias": numbers,
+        "auxiliary_heads.retinanet.cls_score.bias": numbers.repeat(9),
         "mask_head.stage_instance_logits.2.bias": numbers,
         "mask_head.iou_head.fc_mask_iou.bias": numbers,
     }
@@ -133,6 +139,10 @@ def test_matching_rows_are_taken_over(classes):
             value = value.view(-1, 4)
             assert (value == value[:, :1]).all()
             value = value[:, 0]
+        if "retinanet" in name:
+            value = value.view(9, -1)
+            assert (value == value[:1]).all()
+            value = value[0]
         if name.endswith("box_predictor.cls_score.bias"):
             assert value[-1] == 99  # background
             value = value[:-1]

@@ -1,7 +1,10 @@
+import shutil
+
 import pytest
 import torch
 
 from codetr_d2.config.config_file import save_config
+from codetr_d2.config.output_dir import check_training_data, training_data
 from codetr_d2.engine import check_config, check_output_dir, load_config
 from codetr_d2.errors import InputError
 
@@ -43,12 +46,28 @@ def test_bases_files_and_command_line_override_each_other(write):
         ("", ["SOLVER.MAX_ITER"], r"SOLVER\.MAX_ITER has no value"),
         ("", ["SOLVER.MAX_ITER", "3", "--resume"], r"--resume: flags must stand before"),
         ("", ["SOLVER.MAX_ITER", "many"], r"command line: SOLVER\.MAX_ITER must be a int"),
+        ("SOLVER: {MAX_EPOCHS: 12}", ["SOLVER.MAX_ITER", "20"], r"line: SOLVER\.MAX_ITER has no .* 12; .*EPOCHS 0 too"),
+        ("SOLVER: {MAX_EPOCHS: 12}", ["SOLVER.STEPS", "(9,)"], r"line: SOLVER\.STEPS has no effect.*MAX_EPOCHS 0 too"),
+        (
+            "SOLVER: {STEPS_EPOCHS: [9]}",
+            [],
+            r"config\.yaml: SOLVER\.STEPS_EPOCHS has no .*MAX_EPOCHS is 0; set that too",
+        ),
     ],
 )
 def test_faulty_configs_are_named_with_a_way_out(write, text, opts, message):
     with pytest.raises(InputError, match=message) as error:
         load_config(write(text), opts)
     assert "\n" not in str(error.value)
+
+
+def test_the_kind_of_schedule_that_is_set_last_counts(write):
+    path = write("SOLVER: {MAX_ITER: 500, STEPS: [400]}")
+    assert load_config(path, ["SOLVER.MAX_EPOCHS", "3", "SOLVER.STEPS_EPOCHS", "(2,)"]).SOLVER.MAX_EPOCHS == 3
+    path = write("SOLVER: {MAX_EPOCHS: 12, STEPS_EPOCHS: [11]}")
+    assert load_config(path, ["SOLVER.MAX_EPOCHS", "0", "SOLVER.MAX_ITER", "20"]).SOLVER.MAX_ITER == 20
+    write("SOLVER: {MAX_EPOCHS: 12, STEPS_EPOCHS: [11], MAX_ITER: 88716, STEPS: [81322]}")  # as a run writes it
+    assert load_config(path).SOLVER.MAX_EPOCHS == 12
 
 
 def test_missing_file(tmp_path):
@@ -63,6 +82,7 @@ CODETR = [
 JITTER = ["INPUT.LARGE_SCALE_JITTER.ENABLED", "True", "MODEL.CODETR.CANVAS_SIZE", "64", "INPUT.MAX_SIZE_TEST", "64"]
 EACH_WITH_TWO_HEADS = ["MODEL.CODETR.ENCODER.NUM_HEADS", "2", "MODEL.CODETR.DECODER.NUM_HEADS", "2"]
 CROP = ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE"]
+CO_ROI = ["MODEL.ROI_HEADS.NAME", "CoROIHeads"]
 DINO = ["MODEL.CODETR.QUERY_HEAD", "CoDINOHead"]
 COPY_PASTE = ["INPUT.COPY_PASTE.ENABLED", "True"]
 
@@ -124,6 +144,20 @@ VIT = [
         (["MODEL.CODETR.NUM_FEATURE_LEVELS", "2"], 1, r"IN_FEATURES names 3 features.*NUM_FEATURE_LEVELS \(2\)"),
         (["MODEL.CODETR.IN_FEATURES", "[]"], 1, r"IN_FEATURES names 0 features"),
         (["MODEL.DEVICE", "gpu", "SOLVER.AMP.ENABLED", "True"], 1, r"MODEL\.DEVICE is 'gpu'; it may be cpu or cuda"),
+        (["TEST.AUG.ENABLED", "True"], 1, r"TEST\.AUG\.ENABLED is True, which has no effect.*Leave it at False"),
+        (["MODEL.META_ARCHITECTURE", "PanopticFPN"], 1, r"META_ARCHITECTURE is 'PanopticFPN'; it may be"),
+        (["MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator"], 1, r"GENERATOR\.NAME is 'Rotated.*; it may be"),
+        (["MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", "True", *CO_ROI], 1, r"TRAIN_ON_PRED_BOXES.*no such training"),
+        (["MODEL.BACKBONE.FREEZE_AT", "-1"], 1, r"FREEZE_AT is -1; it must be at least 0"),
+        (["MODEL.PIXEL_MEAN", "[0.5]"], 1, r"PIXEL_MEAN is \[0\.5\].*FORMAT BGR needs 3 entries in both"),
+        (["INPUT.FORMAT", "L", "MODEL.PIXEL_STD", "[0.5]"], 1, r"PIXEL_STD is \[0\.5\].*FORMAT L needs 1 or 3 entries"),
+        (["SOLVER.WEIGHT_DECAY_NORM", "much"], 1, r"WEIGHT_DECAY_NORM is 'much'; it must be at least 0, or None"),
+        (["SOLVER.WEIGHT_DECAY_BIAS", "-0.1"], 1, r"WEIGHT_DECAY_BIAS is -0\.1; it must be at least 0, or None"),
+        (
+            ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR_END", "1."],
+            1,
+            r"BASE_LR_END is 1\.0; it must be from 0 to 0\.01",
+        ),
         (["INPUT.FORMAT", "XYZ"], 1, r"INPUT\.FORMAT is 'XYZ'.*RGB, BGR"),
         (["INPUT.RANDOM_FLIP", "both"], 1, r"INPUT\.RANDOM_FLIP is 'both'.*none, horizontal, vertical"),
         (["DATALOADER.NUM_WORKERS", "-1"], 1, r"NUM_WORKERS is -1"),
@@ -193,6 +227,9 @@ def test_good_values_pass(config_file):
     check_config(load_config(str(config_file), [*opts, "MODEL.CODETR.AUX_HEADS", "[]"]))
     check_config(load_config(str(config_file), [*CODETR, "MODEL.MS_DEFORM_ATTN", "triton"]))
     check_config(load_config(str(config_file), [*CODETR, *SWIN]))
+    check_config(load_config(str(config_file), [*CODETR, "INPUT.FORMAT", "L"]))
+    grey = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[110.]", "MODEL.PIXEL_STD", "[58.]"]
+    check_config(load_config(str(config_file), [*CODETR, *grey, "SOLVER.WEIGHT_DECAY_NORM", "0"]))
     check_config(load_config(str(config_file), [*CODETR, *VIT, "SOLVER.LAYER_DECAY", "0.8"]))
     canvas = ["MODEL.EVA02.IMAGE_SIZE", "1536", "MODEL.CODETR.CANVAS_SIZE", "1536"]
     check_config(load_config(str(config_file), [*CODETR, *CROP, "relative_range", "INPUT.CROP.SIZE", "[0.5, 1]"]))
@@ -274,6 +311,32 @@ def test_logs_alone_are_a_run_too(config_file, tmp_path):
 def test_another_config_is_not_resumed(folder_of_run, opts, key):
     with pytest.raises(InputError, match=key):
         check_output_dir(folder_of_run(*opts), resume=True)
+
+
+def test_a_schedule_in_epochs_keeps_its_batch_size(folder_of_run):
+    check_output_dir(folder_of_run("SOLVER.IMS_PER_BATCH", "2"), resume=True)
+    with pytest.raises(InputError, match=r"IMS_PER_BATCH \(4 there, 2 now\).*MAX_EPOCHS.*set the size as it was"):
+        check_output_dir(folder_of_run("SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_EPOCHS", "2"), resume=True)
+
+
+def test_what_else_has_changed_is_said(folder_of_run, caplog):
+    check_output_dir(folder_of_run("SOLVER.BASE_LR", "0.1", "OUTPUT_DIR", folder_of_run().OUTPUT_DIR), resume=True)
+    assert [record.message for record in caplog.records] == [
+        "The resumed run goes on with other options than before: SOLVER.BASE_LR (0.01 there, 0.1 now)"
+    ]
+
+
+def test_data_are_the_same_wherever_they_lie(folder_of_run, coco_json, tmp_path):
+    cfg = folder_of_run()
+    before = training_data(cfg, 14)
+    shutil.copy(coco_json[0][2], tmp_path / "moved.json")
+    cfg.DATASETS.COCO_JSON = [["tiny_train", str(tmp_path), str(tmp_path / "moved.json")], coco_json[1]]
+    check_training_data(cfg, before, training_data(cfg, 14))
+    for other in (training_data(cfg, 13), before | {"annotation_files": {"tiny_train": "another digest"}}):
+        with pytest.raises(
+            InputError, match=r"DATASETS\.TRAIN: tiny_train is not what the run in .*run was trained on"
+        ):
+            check_training_data(cfg, before, other)
 
 
 def test_options_that_do_not_change_the_weights_may_change(folder_of_run):

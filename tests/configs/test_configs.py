@@ -44,6 +44,9 @@ def test_model_is_the_published_one(tool, read, path):
     counts = tool.count_parameters(model)
     assert counts == tool.COUNTS.get(path.stem, counts)
     assert (path.stem in tool.COUNTS) == (path.parent.name != "quick_start")
+    untrained = {".".join(name.split(".")[:2]) for name, p in model.named_parameters() if not p.requires_grad}
+    # As published: of a ResNet all but the stem and the first stage is trained, of other models everything.
+    assert untrained == ({"backbone.stem", "backbone.res2"} if "_r50_" in path.stem else set())
     for part, _ in cfg.SOLVER.LR_MULTIPLIERS:
         assert any(part in name for name, _ in model.named_parameters()), part
 

@@ -101,6 +101,7 @@ def expected_backbone(take, outer) -> dict:
         size = take("backbone.img_size")
         return options | {
             "MODEL.BACKBONE.NAME": "build_eva02_pyramid_backbone",
+            "MODEL.BACKBONE.FREEZE_AT": 0,
             "MODEL.CODETR.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
             "MODEL.FPN.OUT_CHANNELS": 256,
             "MODEL.EVA02.EMBED_DIM": take("backbone.embed_dim"),
@@ -128,6 +129,7 @@ def expected_backbone(take, outer) -> dict:
         }
     return options | {
         "MODEL.BACKBONE.NAME": "build_swin_backbone",
+        "MODEL.BACKBONE.FREEZE_AT": 0,
         "MODEL.SWIN.EMBED_DIM": take("backbone.embed_dim"),
         "MODEL.SWIN.DEPTHS": take("backbone.depths"),
         "MODEL.SWIN.NUM_HEADS": take("backbone.num_heads"),
@@ -243,6 +245,9 @@ def expected_solver(take) -> dict:
         "SOLVER.IMS_PER_BATCH": take("reference_total_batch"),
         "SOLVER.BASE_LR": take("optimizer.base_lr"),
         "SOLVER.WEIGHT_DECAY": take("optimizer.weight_decay"),
+        "SOLVER.WEIGHT_DECAY_NORM": None,
+        "SOLVER.WEIGHT_DECAY_BIAS": None,
+        "SOLVER.BIAS_LR_FACTOR": 1.0,
         "SOLVER.LAYER_DECAY": take("optimizer.layer_decay.layer_decay_rate", 1.0),
         "SOLVER.CLIP_GRADIENTS.ENABLED": clip is not None,
         "SOLVER.MAX_EPOCHS": take("schedule.epochs"),

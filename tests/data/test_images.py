@@ -1,8 +1,11 @@
+import struct
+import zlib
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from codetr_d2.data import check_image_file, read_image
+from codetr_d2.data import check_image_file, is_image_file, read_image
 from codetr_d2.errors import InputError
 
 EXIF_ORIENTATION = 0x0112
@@ -164,3 +167,50 @@ def test_bytes_after_the_end_of_a_file(picture, tmp_path):
     path = save(picture, tmp_path / "x.jpg")
     path.write_bytes(path.read_bytes() + bytes(10000))
     check_image_file(path, (64, 32))
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "after them"])
+@pytest.mark.parametrize(
+    "kind, content",
+    [
+        (b"zTXt", b"note\0\0" + zlib.compress(b"x" * (3 << 20))),
+        (b"iTXt", b"note\0\1\0\0\0" + zlib.compress(b"x" * (3 << 20))),
+        (b"tEXt", b"note\0" + b"x" * (65 << 20)),
+        (b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 << 20))),
+    ],
+)
+def test_large_descriptions_in_sound_png_files(picture, tmp_path, kind, content, place):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    path = save(np.ascontiguousarray(STORED[6](picture)), tmp_path / "x.png", exif=exif)
+    data = path.read_bytes()
+    # A chunk begins four bytes before its name; the header's has 13 bytes and a checksum.
+    at = data.index(b"IHDR") + 4 + 13 + 4 if place == "before the pixels" else data.index(b"IEND") - 4
+    path.write_bytes(data[:at] + chunk(kind, content) + data[at:])
+    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    check_image_file(path, (64, 32))
+    assert is_image_file(path)
+    np.testing.assert_array_equal(read_image(path, "RGB", (64, 32)), picture)
+    assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+    if place == "before the pixels":
+        path.write_bytes(path.read_bytes()[:-100])
+        for read in (read_image, check_image_file):
+            with pytest.raises(InputError, match="x.png is truncated"):
+                read(path)
+
+
+def test_what_a_picture_is(picture, tmp_path):
+    for suffix in ("png", "jpg", "tif", "bmp", "gif", "webp"):
+        path = save(picture, tmp_path / f"x.{suffix}")
+        assert is_image_file(path.rename(tmp_path / f"{suffix} without its suffix"))
+    # An MPEG video, PostScript and scientific data, whose headers Pillow knows.
+    heads = [b"\0\0\1\xb3\x08\x00\x60", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"]
+    heads += [b"\x89HDF\r\n\x1a\n", b"%PDF-1.4\n", b"text", b""]
+    for head in heads:
+        (tmp_path / "x.png").write_bytes(head + bytes(100) * (len(head) > 4))
+        assert not is_image_file(tmp_path / "x.png"), head
+    assert not is_image_file(tmp_path) and not is_image_file(tmp_path / "nowhere.png")

@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from codetr_d2.data import class_names, load_datasets
-from codetr_d2.data.lvis import load_lvis
+from codetr_d2.data.datasets import annotated_images
 from codetr_d2.data.mapper import CoDETRDatasetMapper
 from codetr_d2.errors import InputError
 
@@ -79,22 +79,29 @@ def test_an_lvis_file_is_loaded(lvis, make_cfg, tmp_path):
         (lambda data: data.pop("categories"), r'lvis\.json has no list "categories"'),
         (
             lambda data: data["images"][0].pop("coco_url"),
-            r"lvis\.json is not in LVIS's format \(KeyError: 'coco_url'\)",
+            r"lvis\.json: images\[0\] lacks coco_url",
         ),
-        (lambda data: data["annotations"][0].update(category_id=9), r"lvis\.json is not in LVIS's format.*9"),
+        (
+            lambda data: data["annotations"][0].update(category_id=9),
+            r"lvis\.json: annotations\[0\] \(id 1\): category_id 9",
+        ),
+        (
+            lambda data: data["categories"][0].pop("frequency"),
+            r"lvis\.json: .*'class3' has no \"frequency\"",
+        ),
     ],
 )
 def test_faulty_files_are_named(lvis, change, message):
     name = lvis(change)
     with pytest.raises(InputError, match=message):
-        load_lvis(name)
+        annotated_images(name)
 
 
 def test_the_file_of_another_dataset_is_refused(lvis):
     name = lvis()
     MetadataCatalog.get(name).thing_classes = ["one", "two"]
     with pytest.raises(InputError, match="has 3 categories, but .* registered with 2"):
-        load_lvis(name)
+        annotated_images(name)
 
 
 @pytest.mark.parametrize("name", ["lvis_v1_train", "objects365_v2_val", "coco_2017_val"])

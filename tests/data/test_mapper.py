@@ -336,3 +336,24 @@ def test_images_without_objects_where_the_model_has_masks(cfg, record):
         assert len(mapped["instances"].gt_masks) == 0
         assert mapped["instances"].gt_boxes.tensor.shape == (0, 4) and "annotations" not in mapped
         assert mapped["instances"].image_size == tuple(mapped["image"].shape[1:])
+
+
+@pytest.mark.parametrize("recipe", ["resize", "crop", "jitter", "test"])
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("size", [(6000, 2), (2, 6000), (1, 1)])
+def test_thin_pictures_keep_a_pixel(cfg, tmp_path, recipe, masks, size):
+    width, height = size
+    Image.new("RGB", size).save(tmp_path / "thin.png")
+    cfg.MODEL.MASK_ON = masks
+    cfg.INPUT.CROP.ENABLED = recipe == "crop"
+    cfg.INPUT.LARGE_SCALE_JITTER.ENABLED = recipe == "jitter"
+    cfg.MODEL.CODETR.CANVAS_SIZE = 256 if recipe == "jitter" else 0
+    polygon = [0, 0, width, 0, width, height, 0, height]
+    box = {"bbox": [0, 0, width, height], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "segmentation": [polygon]}
+    record = {"file_name": str(tmp_path / "thin.png"), "width": width, "height": height, "annotations": [box]}
+    mapper = CoDETRDatasetMapper(cfg, recipe != "test")
+    for _ in range(5):
+        sample = mapper(copy.deepcopy(record))
+        assert min(sample["image"].shape) >= 1
+        if recipe != "test":
+            assert sample["instances"].gt_boxes.tensor.isfinite().all()

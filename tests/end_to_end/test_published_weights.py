@@ -17,6 +17,7 @@ from detectron2.modeling import build_model
 
 from codetr_d2 import add_codetr_config
 from codetr_d2.checkpoint.published import published_to_codetr
+from codetr_d2.inference import Predictor
 from tests.reference.recordings import DEFAULT_DIR, draw_parameter, parameter_shapes
 
 pytestmark = pytest.mark.slow
@@ -106,8 +107,12 @@ def test_published_file_gives_its_detections_converted_or_not(published, dataset
 
     converted, back = tmp_path / "converted.pth", tmp_path / "back.pth"
     run("tools/convert_checkpoint.py", published, converted)
-    for ours, instances in zip(predict(cfg, str(converted), files), expected):
+    cfg.MODEL.WEIGHTS = str(published)
+    as_downloaded = Predictor(cfg)
+    for file, ours, instances in zip(files, predict(cfg, str(converted), files), expected):
         torch.testing.assert_close(ours.scores, instances.scores, rtol=0, atol=1e-5)
+        scores = as_downloaded(cv2.imread(file))["instances"].scores
+        torch.testing.assert_close(scores, instances.scores, rtol=0, atol=1e-5)
     run("tools/convert_checkpoint.py", "--to-published", converted, back)
     before, after = (torch.load(x, weights_only=False) for x in (published, back))
     assert list(before) == list(after) and list(before["state_dict"]) == list(after["state_dict"])

@@ -4,11 +4,16 @@ import logging
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.solver import build_lr_scheduler
+from detectron2.solver import build_lr_scheduler, get_default_optimizer_params
 from torch import nn
 
 from codetr_d2 import add_codetr_config
-from codetr_d2.engine.optimizer import build_optimizer, clip_full_model, schedule_in_iterations
+from codetr_d2.engine.optimizer import (
+    _fused_step_divides,
+    build_optimizer,
+    clip_full_model,
+    schedule_in_iterations,
+)
 from codetr_d2.modeling.backbones import Eva02
 
 
@@ -88,6 +93,45 @@ def test_layer_decay(cfg):
     assert all(decay in (0.0, 0.01) for decay in decays.values())
 
 
+BIASES = ("backbone.bias", "backbone_norm.bias")
+
+
+def options_by_name(cfg, model, key):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: group[key] for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_norms_and_biases_have_the_weight_decay_that_is_theirs(cfg, layer_decay):
+    cfg.MODEL.BACKBONE.NAME = "build_eva02_pyramid_backbone"
+    cfg.SOLVER.LAYER_DECAY = layer_decay
+    usual = 0.01 if layer_decay == 1 else 0.0
+    norms = ("norm.weight", "backbone_norm.weight")
+    assert set(options_by_name(cfg, make_model(), "weight_decay").values()) == {0.01, usual}
+    cfg.SOLVER.WEIGHT_DECAY_NORM = 0.3
+    decays = options_by_name(cfg, make_model(), "weight_decay")
+    expected = dict.fromkeys((*norms, "backbone_norm.bias"), 0.3)
+    assert decays == {"backbone.weight": 0.01, "backbone.bias": usual, **expected}
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = 0.2
+    decays = options_by_name(cfg, make_model(), "weight_decay")
+    assert decays == {"backbone.weight": 0.01, **dict.fromkeys(norms, 0.3), **dict.fromkeys(BIASES, 0.2)}
+    theirs = get_default_optimizer_params(make_model(), weight_decay=0.01, weight_decay_norm=0.3, weight_decay_bias=0.2)
+    assert sorted((x["weight_decay"], len(x["params"])) for x in theirs) == [(0.01, 1), (0.2, 2), (0.3, 2)]
+
+
+def test_biases_learn_faster_beside_the_multipliers(cfg):
+    cfg.SOLVER.BIAS_LR_FACTOR = 2.0
+    cfg.SOLVER.LR_MULTIPLIERS = [["backbone_norm", 0.1]]
+    rates = options_by_name(cfg, make_model(), "lr")
+    assert rates == {
+        "backbone.weight": pytest.approx(0.1),
+        "backbone.bias": pytest.approx(0.2),
+        "norm.weight": pytest.approx(0.1),
+        "backbone_norm.weight": pytest.approx(0.01),
+        "backbone_norm.bias": pytest.approx(0.02),
+    }
+
+
 def test_a_multiplier_without_effect_is_reported(cfg, caplog):
     cfg.SOLVER.LR_MULTIPLIERS = [["bakbone", 0.1]]
     with caplog.at_level(logging.WARNING):
@@ -155,22 +199,32 @@ def test_full_model_clipping_is_that_of_torch(cfg, norm_type, limit, in_the_step
                 torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_clipping_survives_loss_scaling(cfg):
-    """GradScaler, too, sets the attribute that a fused step reads the divisor from."""
+def test_a_fused_step_that_does_not_divide_is_found_out(cfg, monkeypatch):
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.5
-    model = make_model()
-    optimizer = build_optimizer(cfg, model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 8.0) if parameter.requires_grad else None
-    scaler.scale(torch.zeros(()))  # sets its factor up
-    scaler.unscale_(optimizer)
-    clip_full_model(optimizer, cfg)
-    scaler.step(optimizer)
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(gradient.norm(), torch.tensor(0.5))
+    _fused_step_divides.cache_clear()
+    assert _fused_step_divides(torch.device("cpu"))
+    step = torch.optim.AdamW.step
+
+    def step_without(optimizer):
+        vars(optimizer).pop("grad_scale", None)
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_without)
+    _fused_step_divides.cache_clear()
+    try:
+        assert not _fused_step_divides(torch.device("cpu"))
+        model = make_model()
+        optimizer = build_optimizer(cfg, model)
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 8.0) if parameter.requires_grad else None
+        clip_full_model(optimizer, cfg)
+        optimizer.step()
+        moments = torch.cat([x["exp_avg"].flatten() for x in optimizer.state.values()])
+        torch.testing.assert_close(moments.norm(), torch.tensor(0.05))
+    finally:
+        _fused_step_divides.cache_clear()
 
 
 def test_without_clipping_the_gradient_stays(cfg):

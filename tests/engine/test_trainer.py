@@ -9,18 +9,20 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
-from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 import train_net
 from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
-from codetr_d2.engine import evaluate
+from codetr_d2.engine import check_config, evaluate, setup
 from codetr_d2.engine.hooks import MetricsWriter, drop_metrics_from
+from codetr_d2.engine.optimizer import build_optimizer
 from codetr_d2.engine.trainer import CoDETRTrainer, StepTrainer
 from codetr_d2.errors import InputError
+from codetr_d2.evaluation import DetectionEvaluator
 from codetr_d2.modeling.facts import ClassRows
+from codetr_d2.modeling.postprocess import detections_from_queries
 
 FULL_CLIPPING = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model")
 
@@ -118,6 +120,27 @@ def test_a_step_is_clipped_over_the_whole_model(make_config):
     assert storage.latest()["grad_norm"][0] > 0.01
 
 
+@pytest.mark.parametrize("torch_keeps_it", [True, False])
+def test_a_step_with_loss_scaling_is_clipped(make_config, monkeypatch, torch_keeps_it):
+    """GradScaler sets the attribute that a fused step reads its divisor from; older ones overwrite what is there."""
+    cfg = make_config(*FULL_CLIPPING, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.01)
+    moments = []
+    for scaling in (False, True):
+        torch.manual_seed(0)
+        model = Regression()
+        trainer = StepTrainer(model, random_batches(1, 4), build_optimizer(cfg, model), cfg)
+        if scaling:
+            trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+            if not torch_keeps_it:
+                forgotten = property(lambda self: None, lambda self, value: None, lambda self: None)
+                monkeypatch.setattr(torch.optim.AdamW, "grad_scale", forgotten, raising=False)
+        with EventStorage():
+            trainer.run_step()
+        moments.append(torch.cat([x["exp_avg"].flatten() for x in trainer.optimizer.state.values()]))
+    assert moments[0].norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)  # AdamW's share of a new gradient
+    torch.testing.assert_close(moments[1], moments[0])
+
+
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_config, scale):
     model = Regression()
@@ -170,7 +193,7 @@ def test_a_diverged_run_keeps_its_checkpoints_and_is_not_evaluated(make_config, 
     assert all(x.isfinite().all() for x in load(tmp_path / "run" / "model_0000001.pth")["model"].values())
 
 
-def test_bfloat16_on_the_cpu(run_training, make_config):
+def test_bfloat16_on_the_cpu_is_for_training_alone(run_training, make_config):
     opts = ("SOLVER.AMP.ENABLED", True, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()")
     trainer = run_training(*opts)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
@@ -183,7 +206,7 @@ def test_bfloat16_on_the_cpu(run_training, make_config):
         trainer.run_step()
         cfg = make_config(*opts, "DATASETS.TEST", "('tiny_test',)")
         trainer.test(cfg, trainer.model)
-    assert len(seen) == 6 and set(seen) == {torch.bfloat16}  # one step, five images
+    assert seen == [torch.bfloat16] + [torch.float32] * 5  # one step, five images
 
 
 RESUME = (
@@ -248,11 +271,87 @@ def test_a_drawn_seed_is_kept(run_training):
     assert run_training(*opts, "SOLVER.MAX_ITER", 2).seed != first.seed
 
 
-def test_another_learning_rate_by_group_is_not_resumed(run_training):
-    opts = ("DATASETS.TEST", "()", "SOLVER.MAX_ITER", 2)
-    run_training(*opts)
-    with pytest.raises(InputError, match="LR_MULTIPLIERS"):
-        run_training(*opts, "SOLVER.LR_MULTIPLIERS", "[['backbone', 0.1]]", resume=True)
+SHORT = ("DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.STEPS", "(3,)", "SOLVER.WARMUP_ITERS", 0)
+
+
+@pytest.mark.parametrize(
+    "opts, rates, decay",
+    [  # of the steps 2 and 3, before which the rate falls, for "backbone" and for everything else
+        ((), [(0.01, 0.01), (0.001, 0.001)], 1e-4),
+        (("SOLVER.BASE_LR", 0.5), [(0.5, 0.5), (0.05, 0.05)], 1e-4),
+        (("SOLVER.WEIGHT_DECAY", 0.2), [(0.01, 0.01), (0.001, 0.001)], 0.2),
+        (("SOLVER.STEPS", "(1,)", "SOLVER.GAMMA", 0.5), [(0.005, 0.005), (0.005, 0.005)], 1e-4),
+        (("SOLVER.LR_MULTIPLIERS", "[['backbone', 0.1]]"), [(0.001, 0.01), (0.0001, 0.001)], 1e-4),
+    ],
+)
+def test_a_resumed_run_has_the_solver_of_its_config(run_training, make_config, opts, rates, decay):
+    first = run_training(*SHORT, "SOLVER.MAX_ITER", 2)
+    state = state_by_name(first)
+    trainer = CoDETRTrainer(make_config(*SHORT, "SOLVER.MAX_ITER", 4, *opts))
+    trainer.resume_or_load(True)
+    again = state_by_name(trainer)
+    assert again.keys() == state.keys()
+    for name, values in state.items():
+        assert all(torch.equal(values[key], again[name][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    seen = []
+    run_step = trainer.run_step
+
+    def watch():
+        groups = {name: group for group in trainer.optimizer.param_groups for name in group["param_names"]}
+        assert {group["weight_decay"] for group in groups.values()} == {decay}
+        seen.append((groups["backbone.0.bias"]["lr"], groups["box_embed.bias"]["lr"]))
+        run_step()
+
+    trainer.run_step = watch
+    trainer.train()
+    assert seen == [tuple(pytest.approx(rate) for rate in pair) for pair in rates]
+
+
+def state_by_name(trainer):
+    optimizer = trainer.optimizer
+    pairs = [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"])]
+    assert dict(pairs) == dict(trainer.bare_model.named_parameters())
+    return {name: {key: x.clone() for key, x in optimizer.state[parameter].items()} for name, parameter in pairs}
+
+
+def test_other_groups_need_the_names_of_the_parameters(run_training, make_config, tmp_path):
+    """Checkpoints of earlier versions lack them."""
+    trainer = run_training(*SHORT, "SOLVER.MAX_ITER", 2)
+    path = tmp_path / "run" / "model_0000001.pth"
+    saved = load(path)
+    for group in saved["trainer"]["_trainer"]["optimizer"]["param_groups"]:
+        del group["param_names"]
+    torch.save(saved, path)
+    again = CoDETRTrainer(make_config(*SHORT, "SOLVER.BASE_LR", 0.5, "SOLVER.MAX_ITER", 4))
+    again.resume_or_load(True)
+    before = state_by_name(trainer)["box_embed.weight"]
+    assert torch.equal(state_by_name(again)["box_embed.weight"]["exp_avg"], before["exp_avg"])
+    with pytest.raises(InputError, match=r"optimizer does not fit.*no names.*SOLVER\.LR_MULTIPLIERS as they were"):
+        run_training(*SHORT, "SOLVER.LR_MULTIPLIERS", "[['backbone', 0.1]]", resume=True)
+
+
+def test_other_training_data_are_not_resumed(run_training, make_config, coco_json, tmp_path):
+    name, folder, path = coco_json[0]
+    with open(path) as file:
+        data = json.load(file)
+
+    def resume(data, name):
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+        datasets = json.dumps([[name, folder, str(tmp_path / f"{name}.json")], coco_json[1]])
+        return CoDETRTrainer(make_config(*SHORT, "DATASETS.COCO_JSON", datasets, "DATASETS.TRAIN", f"('{name}',)"))
+
+    resume(data, "resumed_data").train()
+    resume(data, "resumed_data").resume_or_load(True)
+    data["annotations"][0]["bbox"][2] += 1
+    (tmp_path / "resumed_data.json").write_text(json.dumps(data))
+    with pytest.raises(
+        InputError, match=r"DATASETS\.TRAIN: resumed_data is not what.*\(another annotation file\).*MODEL"
+    ):
+        resume(data, "resumed_data").resume_or_load(True)
+    data["images"].pop()
+    data["annotations"] = [x for x in data["annotations"] if x["image_id"] != 13]
+    with pytest.raises(InputError, match=r"resumed_data is not what.*\(14 images there, 13 now\)"):
+        resume(data, "resumed_data").resume_or_load(True)
 
 
 def test_epochs_set_the_length_of_the_run(run_training):
@@ -271,11 +370,6 @@ def test_an_epoch_counts_repeated_images(make_config):
         "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 2
     )
     assert max_iter == round(sum(stream.repeat_factors.tolist())) > 20
-
-
-def test_coco_numbers_do_not_depend_on_the_detections_that_are_returned(make_config):
-    evaluator = CoDETRTrainer.build_evaluator(make_config("TEST.DETECTIONS_PER_IMAGE", 300), "tiny_test")
-    assert evaluator._max_dets_per_image == [1, 10, 100]
 
 
 class Oracle(nn.Module):
@@ -308,6 +402,16 @@ def test_the_ap_of_an_oracle(make_config, coco_json):
     results = CoDETRTrainer.test(make_config(), Oracle(annotation_json, missed_class=1))["bbox"]
     assert results["AP"] == pytest.approx(200 / 3)
     assert (results["AP-class0"], results["AP-class1"]) == (100, 0)
+
+
+def test_an_evaluation_of_weights_that_are_not_finite(make_config):
+    class Diverged(nn.Module):
+        def forward(self, inputs):
+            nothing = torch.full((1, 1, 4), math.nan)
+            return detections_from_queries(nothing[..., :2], nothing, [(8, 8)], 1)
+
+    with pytest.raises(InputError, match="predictions are not finite.*lower SOLVER.BASE_LR"):
+        CoDETRTrainer.test(make_config(), Diverged())
 
 
 def test_lvis_is_evaluated(make_config, coco_json, tmp_path):
@@ -360,6 +464,25 @@ def test_metrics_from_an_iteration_on_are_dropped(tmp_path):
     assert os.listdir(tmp_path) == ["metrics.json"]
 
 
+def test_the_precision_of_float32_products_is_set(make_config):
+    """An option of detectron2's main branch, which the installed version may lack."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        cfg = make_config()
+        cfg.defrost()
+        cfg.FLOAT32_PRECISION = ""
+        setup(cfg)
+        assert torch.get_float32_matmul_precision() == before
+        cfg.FLOAT32_PRECISION = "medium"
+        setup(cfg)
+        assert torch.get_float32_matmul_precision() == "medium"
+        cfg.FLOAT32_PRECISION = "low"
+        with pytest.raises(InputError, match="FLOAT32_PRECISION is 'low'; it may be: highest, high, medium"):
+            check_config(cfg)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_metrics_are_json_whatever_their_values(tmp_path):
     path = tmp_path / "metrics.json"
     writer = MetricsWriter(str(path))
@@ -406,7 +529,7 @@ def test_a_full_disk_is_one_line_and_what_is_whole_stays(
     size, file, config_file, tmp_path, capfd, limit_files, monkeypatch
 ):
     if size is None:
-        monkeypatch.setattr(COCOEvaluator, "evaluate", no_space)
+        monkeypatch.setattr(DetectionEvaluator, "evaluate", no_space)
     opts = ["SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 5]
     with limit_files(size) if size else nullcontext(), pytest.raises(SystemExit) as exit:
         train_net.main(["--config-file", str(config_file), *map(str, opts)])

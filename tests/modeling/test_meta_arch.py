@@ -292,6 +292,26 @@ def test_canvas():
         model([{"image": torch.zeros(3, 170, 128)}])
 
 
+GREY = ["MODEL.PIXEL_MEAN", [127.0], "MODEL.PIXEL_STD", [128.0]]
+
+
+@pytest.mark.parametrize("opts", [[], ["MODEL.CODETR.CANVAS_SIZE", 160]])
+def test_grey_images(opts):
+    """Grey images (INPUT.FORMAT L) for a backbone of one channel, and repeated for one of three."""
+    batch = make_batch(2, 1)
+    for sample in batch:
+        sample["image"] = sample["image"][:1]
+    model = build(*GREY, *opts)
+    assert next(model.backbone.parameters()).shape[1] == 1
+    assert all(loss.isfinite() for loss in train_step(model, batch).values())
+    model = build(*opts).eval()
+    repeated = [{**sample, "image": sample["image"].expand(3, -1, -1)} for sample in batch]
+    with torch.no_grad():
+        for grey, colours in zip(model(batch), model(repeated)):
+            assert len(grey["instances"]) > 0
+            assert torch.equal(grey["instances"].pred_boxes.tensor, colours["instances"].pred_boxes.tensor)
+
+
 def test_images_are_padded_to_a_multiple():
     model = build("MODEL.CODETR.SIZE_DIVISIBILITY", 48)
     pyramid = model.features(model.preprocess(make_batch(1, 1)))  # 96 x 128 and 112 x 120 pixels

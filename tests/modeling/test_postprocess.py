@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from codetr_d2.modeling.postprocess import detections_from_queries
@@ -28,3 +29,16 @@ def test_soft_nms_on_as_many_pairs_as_queries():
     torch.testing.assert_close(result.scores, torch.tensor([3.0, 1.0]).sigmoid())
     [result] = detections_from_queries(logits, boxes, [(100, 200)], max_detections=3, soft_nms_thresh=0.8)
     torch.testing.assert_close(result.scores[2], torch.tensor(2.0).sigmoid() * 0.05, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("part", ["logits", "boxes"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_predictions_that_are_not_finite(part, value):
+    tensors = {"logits": torch.zeros(2, 5, 3), "boxes": torch.full((2, 5, 4), 0.5)}
+    detections_from_queries(**tensors, image_sizes=[(8, 8)] * 2, max_detections=5)
+    tensors[part][1, 2, 0] = value
+    if (part, value) == ("logits", float("inf")):  # a score of 1
+        detections_from_queries(**tensors, image_sizes=[(8, 8)] * 2, max_detections=5)
+        return
+    with pytest.raises(FloatingPointError, match="not finite"):
+        detections_from_queries(**tensors, image_sizes=[(8, 8)] * 2, max_detections=15)

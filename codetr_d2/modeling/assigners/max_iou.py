@@ -11,9 +11,10 @@ class MaxIoUMatcher(Matcher):
     """detectron2's ``Matcher`` with another rule for the objects that no prediction overlaps well.
 
     After the thresholds have had their say, each ground truth also claims the predictions that overlap it best (all
-    that tie), if that overlap is at least ``min_pos_iou``. A claimed prediction is positive and belongs to the ground
-    truth that claims it, the last one where there are several. detectron2's own ``allow_low_quality_matches`` has no
-    minimum, and leaves the claimed prediction with the ground truth that it overlaps most.
+    that tie), if that overlap is at least ``min_pos_iou`` and not 0. A claimed prediction is positive and belongs to
+    the ground truth that claims it, the last one where there are several. detectron2's own
+    ``allow_low_quality_matches`` has no minimum, and leaves the claimed prediction with the ground truth that it
+    overlaps most.
 
     Source: Faster R-CNN, section 3.1.2, rule (i), in the form that Co-DETR was published with.
     """
@@ -42,7 +43,7 @@ class MaxIoUMatcher(Matcher):
             return matches, labels
         best = match_quality_matrix.amax(dim=1, keepdim=True)
         gt_index, prediction_index = torch.nonzero(
-            (match_quality_matrix == best) & (best >= self.min_pos_iou), as_tuple=True
+            (match_quality_matrix == best) & (best >= self.min_pos_iou) & (best > 0), as_tuple=True
         )
         claimed_by = torch.full_like(matches, -1).scatter_reduce_(0, prediction_index, gt_index, "amax")
         claimed = claimed_by >= 0

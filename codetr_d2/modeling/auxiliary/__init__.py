@@ -4,6 +4,8 @@ from .anchors import RatioMajorAnchorGenerator
 from .atss import ATSSHead
 from .base import AUX_HEAD_REGISTRY, AuxiliaryHead, auxiliary_head_names, build_auxiliary_head
 from .dense import DenseHead, DenseTargets
+from .fcos import FCOSHead
+from .retinanet import RetinaNetHead
 from .roi import CoROIHeads, CoRPN, ROIHead
 
 __all__ = [
@@ -14,8 +16,10 @@ __all__ = [
     "CoRPN",
     "DenseHead",
     "DenseTargets",
+    "FCOSHead",
     "ROIHead",
     "RatioMajorAnchorGenerator",
+    "RetinaNetHead",
     "auxiliary_head_names",
     "build_auxiliary_head",
 ]

@@ -2,12 +2,14 @@
 
 import math
 
+import torch
 from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
 from torch import Tensor
 
-__all__ = ["RatioMajorAnchorGenerator", "square_anchors", "valid_anchors"]
+__all__ = ["RatioMajorAnchorGenerator", "centerness_of", "decode_deltas", "square_anchors", "valid_anchors"]
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()
@@ -60,3 +62,31 @@ def valid_anchors(
         limits = cells.new_tensor([math.ceil(width / stride), math.ceil(height / stride)])
         masks.append((cells < limits).all(dim=1))
     return masks
+
+
+def decode_deltas(transform: Box2BoxTransform, deltas: Tensor, anchors: Tensor) -> Tensor:
+    """The boxes that deltas make of anchors, whose sides shrink by no larger a factor than they may grow by.
+
+    detectron2's transform limits the growth alone.
+
+    Args:
+        transform: gives the weights of the deltas and the limit of the factor.
+        deltas: [M, 4] (dx, dy, dw, dh).
+        anchors: [M, 4] xyxy.
+
+    Returns:
+        [M, 4] xyxy.
+    """
+    dx, dy, dw, dh = deltas.unbind(dim=1)
+    _, _, width_weight, height_weight = transform.weights
+    dw = dw.clamp(min=-transform.scale_clamp * width_weight)
+    dh = dh.clamp(min=-transform.scale_clamp * height_weight)
+    return transform.apply_deltas(torch.stack([dx, dy, dw, dh], dim=1), anchors)
+
+
+def centerness_of(anchors: Tensor, gt_boxes: Tensor) -> Tensor:
+    """How central [P, 4] boxes ``gt_boxes`` have the centres of [P, 4] ``anchors``: [P], from 0 (border) to 1."""
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    left_top, right_bottom = centers - gt_boxes[:, :2], gt_boxes[:, 2:] - centers
+    ratios = torch.minimum(left_top, right_bottom) / torch.maximum(left_top, right_bottom)  # horizontal, vertical
+    return ratios.prod(dim=1).sqrt()

@@ -1,7 +1,5 @@
 """The ATSS auxiliary head."""
 
-import math
-
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -13,10 +11,10 @@ from torchvision.ops import generalized_box_iou_loss
 from ...distributed import reduce_mean
 from ...errors import InputError
 from ...layers import focal_loss
-from ...option_checks import positive, within
+from ...option_checks import positive
 from ..assigners.atss import assign_atss
 from ..facts import ClassRows
-from .anchors import square_anchors
+from .anchors import centerness_of, square_anchors
 from .base import AUX_HEAD_REGISTRY
 from .dense import DenseHead, DenseTargets
 
@@ -48,9 +46,8 @@ class ATSSHead(DenseHead):
 
     @classmethod
     def check_options(cls, cfg: CfgNode) -> None:
-        positive(cfg, "MODEL.ATSS.TOPK", "MODEL.ATSS.ANCHOR_SCALE", "MODEL.ATSS.PRE_NMS_TOPK_TEST")
-        within(cfg, 0, math.inf, "MODEL.ATSS.NUM_CONVS")
-        within(cfg, 0, 1, "MODEL.ATSS.NMS_THRESH_TEST")
+        super().check_options(cfg)
+        positive(cfg, "MODEL.ATSS.TOPK", "MODEL.ATSS.ANCHOR_SCALE")
         if len(weights := cfg.MODEL.ATSS.BBOX_REG_WEIGHTS) != 4:
             raise InputError(
                 f"MODEL.ATSS.BBOX_REG_WEIGHTS is {weights}; it must have four entries: for x, y, width and height"
@@ -109,7 +106,7 @@ class ATSSHead(DenseHead):
         loss_cls = (focal_loss(logits, targets.labels) * targets.is_trained).sum() / num_positives
 
         anchors, gt_boxes = targets.positives()
-        centerness_targets = _centerness(anchors, gt_boxes)
+        centerness_targets = centerness_of(anchors, gt_boxes)
         loss_box = generalized_box_iou_loss(self.decode(deltas[positive], anchors), gt_boxes) * centerness_targets
         loss_box = loss_box.sum() / reduce_mean(centerness_targets.sum()).clamp(min=1)
 
@@ -123,11 +120,3 @@ class ATSSHead(DenseHead):
     def score(self, probabilities: Tensor, centerness: Tensor) -> Tensor:
         """See the base class."""
         return probabilities * centerness.sigmoid()
-
-
-def _centerness(anchors: Tensor, gt_boxes: Tensor) -> Tensor:
-    """How central [P, 4] boxes ``gt_boxes`` have the centres of [P, 4] ``anchors``: [P], from 0 (border) to 1."""
-    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
-    left_top, right_bottom = centers - gt_boxes[:, :2], gt_boxes[:, 2:] - centers
-    ratios = torch.minimum(left_top, right_bottom) / torch.maximum(left_top, right_bottom)  # horizontal, vertical
-    return ratios.prod(dim=1).sqrt()

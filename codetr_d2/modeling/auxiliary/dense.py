@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...layers import soft_nms
+from ...option_checks import positive, within
 from ..pyramid import FeaturePyramid, Geometry
 from ..structures import PositiveSamples
 from .anchors import valid_anchors
@@ -64,13 +65,15 @@ class DenseHead(AuxiliaryHead):
     * :meth:`assign`: which anchor answers for which object of an image;
     * :meth:`losses`: its losses, given that;
     * :meth:`decode`: its box predictions as boxes;
-    * ``options``, the name of its node of the config below ``MODEL``, and ``loss_names``;
+    * ``options``, the name of its node of the config below ``MODEL``, and ``loss_names``; ``topk_option``, where that
+      is not the name of the option of ``pre_nms_topk``;
 
     and where it differs from the rule here :meth:`training_sizes`, :meth:`score`, :meth:`select` and :meth:`suppress`.
     It may be called under autocast: all these methods get float32.
     """
 
     options: str
+    topk_option = "PRE_NMS_TOPK_TEST"
     loss_names: tuple[str, ...]
 
     def __init__(
@@ -135,6 +138,14 @@ class DenseHead(AuxiliaryHead):
         nn.init.constant_(self.cls_score.bias, -math.log(99))  # a probability of 0.01
 
     @classmethod
+    def check_options(cls, cfg: CfgNode) -> None:
+        """Check the options that every one-stage head has in its node of the config."""
+        node = f"MODEL.{cls.options}"
+        within(cfg, 0, math.inf, f"{node}.NUM_CONVS", *(f"{node}.{name.upper()}" for name in cls.loss_names))
+        within(cfg, 0, 1, f"{node}.NMS_THRESH_TEST")
+        positive(cfg, f"{node}.{cls.topk_option}")
+
+    @classmethod
     def from_config(cls, cfg: CfgNode, input_shapes: list[ShapeSpec]) -> dict:
         """The arguments that every one-stage head takes from its node of the config."""
         options = cfg.MODEL[cls.options]
@@ -144,7 +155,7 @@ class DenseHead(AuxiliaryHead):
             "num_classes": cfg.MODEL.CODETR.NUM_CLASSES,
             "num_convs": options.NUM_CONVS,
             "loss_weights": {name: options[name.upper()] for name in cls.loss_names},
-            "pre_nms_topk": options.PRE_NMS_TOPK_TEST,
+            "pre_nms_topk": options[cls.topk_option],
             "nms_thresh": options.NMS_THRESH_TEST,
             "soft_nms": options.SOFT_NMS,
             "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,

@@ -186,19 +186,20 @@ class CoROIHeads(StandardROIHeads):
         self.soft_nms = soft_nms
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        ret = super().from_config(cfg, input_shape)
-        if ret["train_on_pred_boxes"]:
+    def check_options(cls, cfg: CfgNode) -> None:
+        if cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES:
             raise InputError("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES: CoROIHeads has no such training; set it to False")
+        for part in ("BOX", "MASK") if cfg.MODEL.MASK_ON else ("BOX",):
+            one_of(cfg, f"MODEL.ROI_{part}_HEAD.POOLER_TYPE", ["ROIAlign", "ROIAlignV2"])
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        cls.check_options(cfg)
+        ret = super().from_config(cfg, input_shape)
         ret["proposal_prepend_gt"] = ret.pop("proposal_append_gt")
         ret["soft_nms"] = cfg.MODEL.ROI_HEADS.SOFT_NMS
         for part in ("BOX", "MASK") if cfg.MODEL.MASK_ON else ("BOX",):
             options = cfg.MODEL[f"ROI_{part}_HEAD"]
-            if options.POOLER_TYPE not in ("ROIAlign", "ROIAlignV2"):
-                raise InputError(
-                    f"MODEL.ROI_{part}_HEAD.POOLER_TYPE is {options.POOLER_TYPE!r}; CoROIHeads pools by ROIAlign or "
-                    "ROIAlignV2"
-                )
             scales = [1 / input_shape[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
             ret[f"{part.lower()}_pooler"] = CoROIPooler(
                 options.POOLER_RESOLUTION, scales, options.POOLER_SAMPLING_RATIO, options.POOLER_TYPE

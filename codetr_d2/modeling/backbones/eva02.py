@@ -135,6 +135,9 @@ class Eva02(nn.Module):
         image_size: > 0: pixels along the side of the only images that are let in, squares; 0: images of any size.
         drop_path_rate: stochastic depth of the last block in training; it rises linearly from 0.
         activation_checkpointing: recompute each block in the backward pass.
+        freeze_at: parts that are not trained: 0 none, 1 the patch and position embeddings, 2 also the first block, and
+            so on.
+        in_channels: channels of the images.
     """
 
     def __init__(
@@ -149,17 +152,20 @@ class Eva02(nn.Module):
         image_size: int = 0,
         drop_path_rate: float = 0.0,
         activation_checkpointing: bool = False,
+        freeze_at: int = 0,
+        in_channels: int = 3,
     ):
         super().__init__()
         self.head_dim = embed_dim // num_heads
         self.window_size = window_size
         self.image_size = image_size
         self.activation_checkpointing = activation_checkpointing
-        self.patch_embed = PatchEmbed((patch_size, patch_size), (patch_size, patch_size), embed_dim=embed_dim)
+        patch = (patch_size, patch_size)
+        self.patch_embed = PatchEmbed(patch, patch, in_chans=in_channels, embed_dim=embed_dim)
         # The first is the class token's, which detection has no use for.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (pretrain_image_size // patch_size) ** 2, embed_dim))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, 0 if i in global_blocks else window_size, rate)
+            Block(embed_dim, num_heads, 0 if i in global_blocks else window_size, rate if i + 1 >= freeze_at else 0.0)
             for i, rate in enumerate(np.linspace(0, drop_path_rate, depth).tolist())
         )
         self.out_norm = nn.LayerNorm(embed_dim)
@@ -169,9 +175,12 @@ class Eva02(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for part in [self.patch_embed, *self.blocks][:freeze_at]:
+            part.requires_grad_(False)
+        self.pos_embed.requires_grad_(freeze_at == 0)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised images, of whole patches -> [B, C, H / patch_size, W / patch_size].
+        """[B, in_channels, H, W] normalised images, of whole patches -> [B, C, H / patch_size, W / patch_size].
 
         Raises:
             InputError: the images are not squares of ``image_size`` pixels, where that is set.
@@ -214,7 +223,7 @@ class Eva02Pyramid(Backbone):
     DEPTH_OPTION = "MODEL.EVA02.DEPTH"
     OPTIONS_OF_SHAPES = {
         "net.pos_embed": "MODEL.EVA02.PRETRAIN_IMAGE_SIZE and EMBED_DIM",
-        "net.patch_embed": "MODEL.EVA02.PATCH_SIZE and EMBED_DIM",
+        "net.patch_embed": "MODEL.EVA02.PATCH_SIZE, EMBED_DIM and MODEL.PIXEL_MEAN (an entry for each channel)",
         "net": "MODEL.EVA02.EMBED_DIM and NUM_HEADS",
         "": "MODEL.FPN.OUT_CHANNELS and MODEL.EVA02.EMBED_DIM",
     }
@@ -282,7 +291,7 @@ class Eva02Pyramid(Backbone):
             self.add_module(name, nn.Sequential(*levels[name]()))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """[B, 3, H, W] normalised images -> feature maps by name."""
+        """[B, C, H, W] normalised images -> feature maps by name."""
         x = self.net(images)
         return {name: getattr(self, name)(x) for name in self._output_shape}
 
@@ -326,5 +335,7 @@ def build_eva02_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Eva02P
         image_size=options.IMAGE_SIZE,
         drop_path_rate=options.DROP_PATH_RATE,
         activation_checkpointing=options.ACTIVATION_CHECKPOINTING,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        in_channels=input_shape.channels,
     )
     return Eva02Pyramid(net, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.CODETR.IN_FEATURES)

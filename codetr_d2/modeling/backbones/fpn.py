@@ -33,10 +33,10 @@ def build_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
     The pyramid's own features are named by their stride, as detectron2 does: p2 (stride 4), p3, ... and one above.
     """
-    return _with_fpn(swin_from_config(cfg, "MODEL.FPN.IN_FEATURES"), cfg)
+    return _with_fpn(swin_from_config(cfg, input_shape, "MODEL.FPN.IN_FEATURES"), cfg)
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """``MODEL.TIMM`` under an FPN (``MODEL.FPN``), whose ``IN_FEATURES`` are like ``stride4``, ``stride8``."""
-    return _with_fpn(timm_from_config(cfg, cfg.MODEL.FPN.IN_FEATURES), cfg)
+    return _with_fpn(timm_from_config(cfg, input_shape, cfg.MODEL.FPN.IN_FEATURES), cfg)

@@ -30,6 +30,8 @@ class SwinBackbone(SwinTransformer):
         window_size: side of the attention windows.
         drop_path_rate: stochastic depth of the last block in training; it rises linearly from 0.
         activation_checkpointing: recompute each block in the backward pass.
+        freeze_at: parts that are not trained: 0 none, 1 the patch embedding, 2 also the first stage, and so on.
+        in_channels: channels of the images.
     """
 
     PUBLISHED_NAMES = [
@@ -37,6 +39,7 @@ class SwinBackbone(SwinTransformer):
     ]
     OPTIONS_OF_SHAPES = {
         "layers.*.blocks.*.attn.relative_position_*": "MODEL.SWIN.WINDOW_SIZE and NUM_HEADS",
+        "patch_embed": "MODEL.SWIN.EMBED_DIM and MODEL.PIXEL_MEAN (an entry for each channel)",
         "": "MODEL.SWIN.EMBED_DIM and NUM_HEADS",
     }
     OPTIONAL_PARTS = {"norm*": "the norm of a feature that MODEL.CODETR.IN_FEATURES does not list"}
@@ -68,10 +71,13 @@ class SwinBackbone(SwinTransformer):
         window_size: int = 7,
         drop_path_rate: float = 0.2,
         activation_checkpointing: bool = False,
+        freeze_at: int = 0,
+        in_channels: int = 3,
     ):
         names = [f"p{i}" for i in range(len(depths))]
         num_stages = 1 + max(names.index(name) for name in out_features)
         super().__init__(
+            in_chans=in_channels,
             embed_dim=embed_dim,
             depths=depths[:num_stages],
             num_heads=num_heads[:num_stages],
@@ -79,9 +85,12 @@ class SwinBackbone(SwinTransformer):
             drop_path_rate=0.0,  # set below: detectron2 looks for DropPath where timm no longer keeps it
             out_indices=[i for i, name in enumerate(names) if name in out_features],
         )
-        blocks = [block for layer in self.layers for block in layer.blocks]
-        for block, rate in zip(blocks, np.linspace(0, drop_path_rate, sum(depths)).tolist()):
-            if rate:
+        frozen = [self.patch_embed, *self.layers][:freeze_at]
+        for part in frozen:
+            part.requires_grad_(False)
+        blocks = [(block, layer in frozen) for layer in self.layers for block in layer.blocks]
+        for (block, is_frozen), rate in zip(blocks, np.linspace(0, drop_path_rate, sum(depths)).tolist()):
+            if rate and not is_frozen:
                 block.drop_path = DropPath(rate)
             if activation_checkpointing:  # detectron2's own needs inputs with a gradient
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -91,8 +100,8 @@ class SwinBackbone(SwinTransformer):
         return 0
 
 
-def swin_from_config(cfg: CfgNode, features: str = "MODEL.CODETR.IN_FEATURES") -> SwinBackbone:
-    """``MODEL.SWIN`` -> backbone with the features that the option ``features`` names.
+def swin_from_config(cfg: CfgNode, input_shape: ShapeSpec, features: str = "MODEL.CODETR.IN_FEATURES") -> SwinBackbone:
+    """``MODEL.SWIN`` -> backbone with the features that the option ``features`` names, for ``input_shape.channels``.
 
     Raises:
         InputError: the options are faulty.
@@ -107,6 +116,8 @@ def swin_from_config(cfg: CfgNode, features: str = "MODEL.CODETR.IN_FEATURES") -
         window_size=options.WINDOW_SIZE,
         drop_path_rate=options.DROP_PATH_RATE,
         activation_checkpointing=options.ACTIVATION_CHECKPOINTING,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        in_channels=input_shape.channels,
     )
 
 
@@ -114,4 +125,4 @@ def swin_from_config(cfg: CfgNode, features: str = "MODEL.CODETR.IN_FEATURES") -
 @stating(check_options=SwinBackbone.check_options, PUBLISHED_NAMES=SwinBackbone.PUBLISHED_NAMES)
 def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SwinBackbone:
     """``MODEL.SWIN`` -> backbone with the features that ``MODEL.CODETR.IN_FEATURES`` names."""
-    return swin_from_config(cfg)
+    return swin_from_config(cfg, input_shape)

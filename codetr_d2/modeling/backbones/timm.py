@@ -9,6 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from timm.layers import freeze_batch_norm_2d
+from timm.models import group_parameters
+from timm.utils import freeze
 from torch import Tensor, nn
 
 from ...errors import InputError
@@ -28,10 +30,13 @@ class TimmBackbone(Backbone):
         freeze_batch_norm: use the running statistics of batch norm and train none of its parameters.
         pretrained: load timm's own weights (needs network access).
         activation_checkpointing: recompute each block in the backward pass.
+        freeze_at: parts that are not trained: 0 none, 1 the stem, 2 also the first stage, and so on, as timm groups the
+            layers of a model. Batch norm in them uses its running statistics.
+        in_channels: channels of the images.
 
     Raises:
-        InputError: the name is not a timm model with feature maps, a feature does not exist, or the model takes only
-            images of its own size.
+        InputError: the name is not a timm model with feature maps, a feature does not exist, the model takes only
+            images of its own size, or of three channels, or timm does not group its layers.
     """
 
     def __init__(
@@ -41,13 +46,15 @@ class TimmBackbone(Backbone):
         freeze_batch_norm: bool = True,
         pretrained: bool = False,
         activation_checkpointing: bool = False,
+        freeze_at: int = 0,
+        in_channels: int = 3,
     ):
         super().__init__()
         if name not in timm.list_models():
             close = get_close_matches(name, timm.list_models(), n=5)
             raise InputError(f"MODEL.TIMM.NAME: timm has no model {name!r}. Close to it: {', '.join(close) or 'none'}.")
         try:
-            strides = _on_meta(name).feature_info.reduction()
+            strides = _on_meta(name, in_chans=in_channels).feature_info.reduction()
         except _REFUSALS as error:
             raise InputError(
                 f"MODEL.TIMM.NAME: {name!r} gives no feature maps ({error}). Choose another model."
@@ -60,7 +67,7 @@ class TimmBackbone(Backbone):
                 f"{', '.join(index)}."
             )
         self.out_features = list(out_features)
-        options, self._size_divisibility = _for_any_size(name)
+        options, self._size_divisibility = _for_any_size(name, in_channels)
         indices = [index[feature] for feature in out_features]
         try:
             self.model = timm.create_model(
@@ -80,13 +87,15 @@ class TimmBackbone(Backbone):
         if freeze_batch_norm:
             # detectron2's FrozenBatchNorm2d would drop the activation that timm fuses into its batch norm.
             self.model = freeze_batch_norm_2d(self.model)
+        if freeze_at > 0:
+            _freeze(self.model, _first_parameters(name, freeze_at))
         if activation_checkpointing:
             if not hasattr(self.model, "set_grad_checkpointing"):
                 raise InputError(f"MODEL.TIMM.ACTIVATION_CHECKPOINTING: timm has none for {name}; set it to False.")
             self.model.set_grad_checkpointing()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """[B, 3, H, W] normalised images -> feature maps [B, C, h, w] by name."""
+        """[B, in_channels, H, W] normalised images -> feature maps [B, C, h, w] by name."""
         return dict(zip(self.out_features, _feature_maps(self.model, x)))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -105,25 +114,60 @@ def _feature_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
     return features
 
 
-def _on_meta(name: str, **options: object) -> nn.Module:
+def _on_meta(name: str, features_only: bool = True, **options: object) -> nn.Module:
     """The model without memory for its weights: for its description, and for the shapes of its features."""
     with torch.device("meta"):
-        return timm.create_model(name, features_only=True, **options).eval()
+        return timm.create_model(name, features_only=features_only, **options).eval()
+
+
+def _flat(parameter: str) -> str:
+    """A parameter's name that a model and its version of feature maps agree in."""
+    return parameter.removeprefix("model.").replace(".", "_")
+
+
+def _first_parameters(name: str, freeze_at: int) -> set[str]:
+    """Names of the parameters, :func:`_flat`, of the stem (``freeze_at`` 1), also of the first stage (2), and so on.
+
+    Raises:
+        InputError: timm does not say which these are.
+    """
+    model = _on_meta(name, features_only=False)
+    if not hasattr(model, "group_matcher"):
+        raise InputError(
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but timm does not say what the stages of {name} are; set it to 0"
+        )
+    groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    return {_flat(parameter) for parameter, group in groups.items() if group < freeze_at}
+
+
+def _freeze(model: nn.Module, names: set[str]) -> None:
+    """Train none of the parameters with these :func:`_flat` names, and let their batch norms stand still."""
+    for name, parameter in model.named_parameters():
+        if _flat(name) in names:
+            parameter.requires_grad_(False)
+    norms = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not module.weight.requires_grad
+    ]
+    if norms:  # none would mean all to timm
+        freeze(model, norms)
 
 
 @torch.no_grad()
-def _for_any_size(name: str) -> tuple[dict[str, object], int]:
+def _for_any_size(name: str, in_channels: int) -> tuple[dict[str, object], int]:
     """Options with which a model takes images of any size, or else of any multiple of a number; and that number or 0.
 
     Raises:
         InputError: there are none.
     """
     error = None
-    for options in ({}, {"dynamic_img_size": True}):
+    channels = {"in_chans": in_channels}
+    for options in (channels, {**channels, "dynamic_img_size": True}):
         for size, divisibility in (((101, 135), 0), ((96, 160), 32)):
             try:
                 model = _on_meta(name, **options)
-                features = _feature_maps(model, torch.zeros(1, 3, *size, device="meta"))
+                features = _feature_maps(model, torch.zeros(1, in_channels, *size, device="meta"))
             except _REFUSALS as refusal:
                 error = error or refusal
                 continue
@@ -137,15 +181,21 @@ def _for_any_size(name: str) -> tuple[dict[str, object], int]:
     )
 
 
-def timm_from_config(cfg: CfgNode, out_features: Sequence[str]) -> TimmBackbone:
-    """``MODEL.TIMM`` -> backbone with the given features."""
+def timm_from_config(cfg: CfgNode, input_shape: ShapeSpec, out_features: Sequence[str]) -> TimmBackbone:
+    """``MODEL.TIMM`` -> backbone with the given features, for ``input_shape.channels``."""
     options = cfg.MODEL.TIMM
     return TimmBackbone(
-        options.NAME, out_features, options.FREEZE_BATCH_NORM, options.PRETRAINED, options.ACTIVATION_CHECKPOINTING
+        options.NAME,
+        out_features,
+        freeze_batch_norm=options.FREEZE_BATCH_NORM,
+        pretrained=options.PRETRAINED,
+        activation_checkpointing=options.ACTIVATION_CHECKPOINTING,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        in_channels=input_shape.channels,
     )
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """``MODEL.TIMM`` -> backbone with the features that ``MODEL.CODETR.IN_FEATURES`` names."""
-    return timm_from_config(cfg, cfg.MODEL.CODETR.IN_FEATURES)
+    return timm_from_config(cfg, input_shape, cfg.MODEL.CODETR.IN_FEATURES)

@@ -58,6 +58,12 @@ def test_no_claim_below_the_minimum():
     assert MaxIoUMatcher([0.3, 0.7], [0, -1, 1], min_pos_iou=0.2)(ious)[1].tolist() == [1, 0]
 
 
+def test_an_object_that_overlaps_nothing_claims_nothing():
+    ious = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.2, 0.0]])
+    matches, labels = MaxIoUMatcher([0.4, 0.5], [0, -1, 1], min_pos_iou=0.0)(ious)
+    assert labels.tolist() == [0, 1, 0] and matches[1] == 1
+
+
 def test_equals_detectron2_where_nothing_is_claimed():
     ious = torch.rand(5, 300, generator=torch.Generator().manual_seed(0))
     ours = MaxIoUMatcher([0.3, 0.7], [0, -1, 1], min_pos_iou=2.0)(ious)

@@ -149,6 +149,26 @@ def test_stochastic_depth_rises_linearly_and_rests_in_evaluation():
     torch.testing.assert_close(net.eval()(torch.ones(1, 3, 24, 24)), tiny()(torch.ones(1, 3, 24, 24)))
 
 
+@pytest.mark.parametrize("freeze_at", range(5))
+def test_the_first_parts_are_frozen(freeze_at):
+    net = tiny(drop_path_rate=0.5, freeze_at=freeze_at)
+    embeddings = ("patch_embed.", "pos_embed") if freeze_at else ()
+    first = (*embeddings, *(f"blocks.{i}." for i in range(freeze_at - 1)))
+    for name, parameter in net.named_parameters():
+        assert parameter.requires_grad != name.startswith(first), name
+    # What is frozen gives the same features at each step.
+    assert [block.drop_path.drop_prob > 0 for block in net.blocks] == [False, freeze_at < 3, freeze_at < 4]
+
+
+def test_grey_images():
+    grey, colours = tiny(in_channels=1).eval(), tiny().eval()
+    weights = colours.state_dict()
+    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].sum(1, keepdim=True)
+    grey.load_state_dict(weights)
+    x = torch.randn(1, 1, 24, 36)
+    torch.testing.assert_close(grey(x), colours(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+
+
 def test_mixed_precision_stays_near():
     net = Eva02(**TINY).eval()
     images = torch.randn(1, 3, 40, 24)
@@ -203,6 +223,10 @@ def test_the_config_gives_the_published_model():
     assert shapes["p2.11.weight"] == (256, 256, 3, 3) and shapes["p6.1.weight"] == (1024, 1024, 3, 3)
     assert [i for i, block in enumerate(backbone.net.blocks) if not block.window_size] == [3, 7, 11, 15, 19, 23]
     assert backbone.size_divisibility == 32
+    trained = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert set(shapes) - trained == {  # detectron2's default of MODEL.BACKBONE.FREEZE_AT is 2
+        name for name in shapes if name.startswith(("net.patch_embed.", "net.pos_embed", "net.blocks.0."))
+    }
     cfg.MODEL.EVA02.IMAGE_SIZE = 1536
     with torch.device("meta"):
         assert build_backbone(cfg).padding_constraints["square_size"] == 1536

@@ -115,6 +115,27 @@ def test_stochastic_depth_rises_linearly_and_rests_in_evaluation():
     assert any(not torch.equal(backbone(images)["p3"], backbone(images)["p3"]) for _ in range(5))
 
 
+@pytest.mark.parametrize("freeze_at", range(6))
+def test_the_first_parts_are_frozen(freeze_at):
+    backbone = SwinBackbone(ALL, drop_path_rate=0.7, freeze_at=freeze_at, **TINY).train()
+    first = ("patch_embed.", "layers.0.", "layers.1.", "layers.2.", "layers.3.")[:freeze_at]
+    for name, parameter in backbone.named_parameters():
+        assert parameter.requires_grad != name.startswith(first), name
+    drops = [name for name, module in backbone.named_modules() if isinstance(module, DropPath)]
+    assert not any(name.startswith(first) for name in drops)  # what is frozen gives the same features at each step
+    assert len(drops) == (0 if freeze_at == 5 else 8 - 2 * (freeze_at - 1) if freeze_at > 1 else 7)
+
+
+def test_grey_images():
+    torch.manual_seed(0)
+    colours, grey = (randomize(SwinBackbone(ALL, in_channels=channels, **TINY)).eval() for channels in (3, 1))
+    weights = colours.state_dict()
+    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].sum(1, keepdim=True)
+    grey.load_state_dict(weights)
+    x = torch.randn(1, 1, 64, 64)
+    torch.testing.assert_close(grey(x)["p3"], colours(x.expand(-1, 3, -1, -1))["p3"], rtol=1e-4, atol=1e-4)
+
+
 def test_the_config_gives_the_backbone():
     cfg = get_cfg()
     add_codetr_config(cfg)
@@ -127,6 +148,8 @@ def test_the_config_gives_the_backbone():
         "p3": 768,
     }
     assert backbone.size_divisibility == 0
+    trained = {name.rpartition(".")[0] for name, p in backbone.named_parameters() if p.requires_grad}
+    assert "layers.1.blocks.0.norm1" in trained and "patch_embed.proj" not in trained  # detectron2's default is 2
     assert sum(p.numel() for p in backbone.parameters()) == 27520506  # as the published model has
     cfg.MODEL.CODETR.IN_FEATURES = ["res3"]
     with pytest.raises(InputError, match=r"MODEL\.CODETR\.IN_FEATURES is 'res3'; it may be: p0, p1, p2, p3"):

@@ -61,6 +61,44 @@ def test_convolutional_and_hierarchical_models(name):
         assert features[feature].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("resnet18", [["conv1", "bn1"], ["layer1"], ["layer2"]]),
+        ("tf_efficientnet_lite0", [["conv_stem", "bn1"], ["blocks.0"], ["blocks.1"]]),
+        ("vit_tiny_patch16_224", [["model.cls_token", "model.pos_embed", "model.patch_embed"], ["model.blocks.0"]]),
+    ],
+)
+def test_the_first_parts_are_frozen(name, parts):
+    for freeze_at in range(len(parts) + 1):
+        feature = "stride16" if name.startswith("vit") else "stride32"
+        model = TimmBackbone(name, [feature], freeze_batch_norm=False, freeze_at=freeze_at).train().model
+        first = tuple(part + "." for group in parts[:freeze_at] for part in group)
+        for parameter_name, parameter in model.named_parameters():
+            assert parameter.requires_grad != f"{parameter_name}.".startswith(first), parameter_name
+        before = {key: x.clone() for key, x in model.named_buffers()}
+        model(torch.randn(2, 3, 64, 64))
+        for key, buffer in model.named_buffers():
+            if key.endswith("running_mean"):
+                assert torch.equal(buffer, before[key]) == key.startswith(first), key
+
+
+def test_a_model_whose_stages_timm_does_not_know_is_not_frozen(monkeypatch):
+    monkeypatch.delattr(timm.models.resnet.ResNet, "group_matcher")
+    TimmBackbone("resnet18", ["stride8"])
+    with pytest.raises(InputError, match=r"FREEZE_AT is 2, but timm does not say.*stages of resnet18.*set it to 0"):
+        TimmBackbone("resnet18", ["stride8"], freeze_at=2)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels(channels):
+    backbone = TimmBackbone("tf_efficientnet_lite0", ["stride8"], in_channels=channels).eval()
+    plain = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(2,), in_chans=channels).eval()
+    plain.load_state_dict(backbone.model.state_dict())
+    x = torch.randn(1, channels, 64, 64)
+    torch.testing.assert_close(backbone(x)["stride8"], plain(x)[0])
+
+
 def test_channels_come_first_and_images_have_another_size():
     torch.manual_seed(0)
     backbone = TimmBackbone("swin_tiny_patch4_window7_224", ["stride4"]).eval()
