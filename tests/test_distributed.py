@@ -28,7 +28,7 @@ OBJECTS = [
 
 
 def gradients(images):
-    """The gradients of both auxiliary heads' losses on some of the two images, as one vector."""
+    """The gradients of the auxiliary heads' losses on some of the two images, as one vector."""
     cfg = get_cfg()
     add_codetr_config(cfg)
     cfg.merge_from_file(str(CONFIG))
@@ -47,7 +47,7 @@ def gradients(images):
         targets.append(Instances(SIZE, gt_boxes=Boxes(boxes), gt_classes=torch.arange(len(boxes)) % 3))
     levels = [ShapeSpec(channels=16, stride=stride) for stride in STRIDES]
     vector = []
-    for name in ("roi", "atss"):
+    for name in ("roi", "atss", "gfl", "paa"):
         torch.manual_seed(1)
         head = build_auxiliary_head(name, cfg, levels)
         with EventStorage():
@@ -79,6 +79,13 @@ def test_two_processes_equal_one(tmp_path):
 def test_one_process():
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     assert reduce_mean(x) is x
+
+
+def test_the_least_sum(other_process):
+    x = torch.tensor([0.25, 2.0])
+    assert reduce_mean(x, min_sum=1).tolist() == [1.0, 2.0]
+    other_process(1)
+    assert reduce_mean(x, min_sum=1).tolist() == [0.5, 2.0]  # of the sum over both, not of the mean
 
 
 def test_the_mean_of_two_processes(other_process):

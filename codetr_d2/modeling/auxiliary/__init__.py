@@ -5,6 +5,7 @@ from .atss import ATSSHead
 from .base import AUX_HEAD_REGISTRY, AuxiliaryHead, auxiliary_head_names, build_auxiliary_head
 from .dense import DenseHead, DenseTargets
 from .gfl import GFLHead
+from .paa import PAAHead
 from .roi import CoROIHeads, CoRPN, ROIHead
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "DenseHead",
     "DenseTargets",
     "GFLHead",
+    "PAAHead",
     "ROIHead",
     "RatioMajorAnchorGenerator",
     "auxiliary_head_names",
