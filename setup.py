@@ -75,6 +75,7 @@ setup(
         "iopath",
         "numpy",
         "scipy",
+        "scikit-learn",
         "pycocotools",
         "faster-coco-eval",
         "timm",
@@ -83,7 +84,7 @@ setup(
         "tqdm",
         # OpenCV too, as opencv-python or opencv-python-headless: detectron2 and the demo import cv2 from either.
     ],
-    extras_require={"dev": ["pytest", "ruff"], "quickstart": ["scikit-learn"]},
+    extras_require={"dev": ["pytest", "ruff"]},
     ext_modules=[extension],
     cmdclass={"build_ext": OptionalBuildExtension},
 )

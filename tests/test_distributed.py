@@ -81,6 +81,13 @@ def test_one_process():
     assert reduce_mean(x) is x
 
 
+def test_the_least_sum(other_process):
+    x = torch.tensor([0.25, 2.0])
+    assert reduce_mean(x, min_sum=1).tolist() == [1.0, 2.0]
+    other_process(1)
+    assert reduce_mean(x, min_sum=1).tolist() == [0.5, 2.0]  # of the sum over both, not of the mean
+
+
 def test_the_mean_of_two_processes(other_process):
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     other_process(3)

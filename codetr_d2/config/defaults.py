@@ -119,6 +119,21 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.GFL.PRE_NMS_TOPK_TEST = 1000
     _C.MODEL.GFL.NMS_THRESH_TEST = 0.6
     _C.MODEL.GFL.SOFT_NMS = False
+    # The PAA auxiliary head. The weighted losses of class and box also choose its positives.
+    _C.MODEL.PAA = CN()
+    _C.MODEL.PAA.NUM_CONVS = 1
+    _C.MODEL.PAA.ANCHOR_SCALE = 8.0
+    _C.MODEL.PAA.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+    _C.MODEL.PAA.IOU_THRESHOLD = 0.1  # an anchor that overlaps an object by less is background (but the best ones)
+    _C.MODEL.PAA.TOPK = 9  # candidates of each ground truth and level: those of the smallest loss
+    _C.MODEL.PAA.LOSS_CLS = 1.0
+    _C.MODEL.PAA.LOSS_BOX = 1.3
+    _C.MODEL.PAA.LOSS_IOU = 0.5
+    _C.MODEL.PAA.SCORE_THRESH_TEST = 0.05  # of the score: the root of class probability times predicted IoU
+    _C.MODEL.PAA.PRE_NMS_TOPK_TEST = 1000  # anchors of each level, with all their classes
+    _C.MODEL.PAA.NMS_THRESH_TEST = 0.6
+    _C.MODEL.PAA.SOFT_NMS = False
+    _C.MODEL.PAA.SCORE_VOTING = True  # each detection's box is the mean of all those that overlap it
     _C.MODEL.ROI_HEADS.SOFT_NMS = False
     _C.MODEL.RPN.NMS_THRESH_TEST = 0.7  # of the proposals at inference; MODEL.RPN.NMS_THRESH is that of training
 

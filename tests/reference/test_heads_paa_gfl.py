@@ -18,7 +18,8 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from codetr_d2 import add_codetr_config
-from codetr_d2.modeling.auxiliary import build_auxiliary_head
+from codetr_d2.modeling.assigners.paa import select_by_mixture
+from codetr_d2.modeling.auxiliary import build_auxiliary_head, paa
 from codetr_d2.modeling.pyramid import FeaturePyramid, build_pyramid
 from tests.reference.conftest import reference_dir
 
@@ -40,7 +41,7 @@ OUTPUTS = {"gfl": ("cls", "dist"), "paa": ("cls", "reg", "iou")}
 
 def pytest_generate_tests(metafunc):
     folder = reference_dir(metafunc.config) / "heads"
-    heads = ["paa"] if "paa" in metafunc.fixturenames else list(OUTPUTS)
+    heads = ["paa"] if metafunc.function.__name__.startswith("test_paa_") else list(OUTPUTS)
     cases = sorted(path for head in heads for path in folder.glob(f"{head}_*.npz"))
     metafunc.parametrize("recorded", cases, ids=lambda path: path.stem, indirect=True, scope="module")
 
@@ -231,3 +232,37 @@ def test_what_enters_suppression(recorded):
             if len(boxes) == count:
                 sums = [x.double().sum().item() for x in (scores, boxes, labels)]
                 assert sums == pytest.approx(recorded.meta["pre_nms_sums"][i], rel=1e-5)
+
+
+def test_paa_candidates(recorded, monkeypatch):
+    """The losses that the mixtures are fitted to, and what these choose by the recorded ones."""
+    given, nothing = {}, torch.zeros(0)  # some recordings leave out what an image without objects has not
+
+    def select(losses, objects, levels, topk):
+        given["losses"] = losses
+        theirs = torch.cat([recorded.z.get(f"candidate_losses_{i}", nothing) for i in recorded.images])
+        given["positive"] = select_by_mixture(theirs, objects, levels, topk)
+        return given["positive"]
+
+    monkeypatch.setattr(paa, "select_by_mixture", select)
+    with torch.no_grad():
+        recorded.head(recorded.pyramid, recorded.targets)
+    counts = [len(recorded.z.get(f"candidate_index_{i}", nothing)) for i in recorded.images]
+    for i, (losses, positive) in enumerate(
+        zip(given["losses"].split(counts), given["positive"].split(counts), strict=True)
+    ):
+        index = recorded.z.get(f"candidate_index_{i}", nothing).long()
+        expected = recorded.z.get(f"candidate_losses_{i}", nothing)
+        torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(positive, recorded.z.get(f"assigned_final_{i}", nothing)[index] >= 0)
+
+
+def test_paa_detections_without_score_voting(recorded, monkeypatch):
+    monkeypatch.setattr(recorded.head, "score_voting", False)
+    for i, found in enumerate(detect(recorded)):
+        check_found(
+            found.pred_boxes.tensor,
+            found.scores,
+            found.pred_classes,
+            lambda name, i=i: recorded.z[f"det_novote_{name}_{i}"],
+        )

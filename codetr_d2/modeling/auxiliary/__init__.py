@@ -6,6 +6,7 @@ from .base import AUX_HEAD_REGISTRY, AuxiliaryHead, auxiliary_head_names, build_
 from .dense import DenseHead, DenseTargets
 from .fcos import FCOSHead
 from .gfl import GFLHead
+from .paa import PAAHead
 from .retinanet import RetinaNetHead
 from .roi import CoROIHeads, CoRPN, ROIHead
 
@@ -19,6 +20,7 @@ __all__ = [
     "DenseTargets",
     "FCOSHead",
     "GFLHead",
+    "PAAHead",
     "ROIHead",
     "RatioMajorAnchorGenerator",
     "RetinaNetHead",

@@ -103,7 +103,7 @@ class ATSSHead(DenseHead):
         anchors, gt_boxes = targets.positives()
         centerness_targets = centerness_of(anchors, gt_boxes)
         loss_box = generalized_box_iou_loss(self.decode(deltas[positive], anchors), gt_boxes) * centerness_targets
-        loss_box = loss_box.sum() / reduce_mean(centerness_targets.sum()).clamp(min=1)
+        loss_box = loss_box.sum() / reduce_mean(centerness_targets.sum(), min_sum=1)
 
         loss_centerness = F.binary_cross_entropy_with_logits(centerness[positive], centerness_targets, reduction="sum")
         return {"loss_cls": loss_cls, "loss_box": loss_box, "loss_centerness": loss_centerness / num_positives}

@@ -88,13 +88,13 @@ class FCOSHead(DenseHead):
         """See the base class."""
         logits, distances, centerness = predictions
         positive = targets.is_positive
-        num_positives = reduce_mean(positive.sum().float()).clamp(min=1)
+        num_positives = reduce_mean(positive.sum().float(), min_sum=1)
         loss_cls = (focal_loss(logits, targets.labels) * targets.is_trained).sum()
 
         anchors, gt_boxes = targets.positives()
         centerness_targets = centerness_of(anchors, gt_boxes)
         loss_box = generalized_box_iou_loss(self.decode(distances[positive], anchors), gt_boxes) * centerness_targets
-        loss_box = loss_box.sum() / reduce_mean(centerness_targets.sum()).clamp(min=1e-6)
+        loss_box = loss_box.sum() / reduce_mean(centerness_targets.sum(), min_sum=1e-6)
 
         loss_centerness = F.binary_cross_entropy_with_logits(centerness[positive], centerness_targets, reduction="sum")
         return {

@@ -94,7 +94,7 @@ class GFLHead(DenseHead):
         loss_cls = quality_focal_loss(logits, targets.labels, quality) * targets.is_trained
 
         weights = logits[positive].detach().sigmoid().amax(dim=1)
-        sum_of_weights = reduce_mean(weights.sum()).clamp(min=1)
+        sum_of_weights = reduce_mean(weights.sum(), min_sum=1)
         loss_box = generalized_box_iou_loss(boxes, gt_boxes) * weights
         loss_dfl = self._distribution_loss(sides[positive], anchors, gt_boxes) * weights
         return {
