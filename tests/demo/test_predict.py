@@ -223,7 +223,13 @@ def test_interrupted(run_folder, tmp_path, name):
     path = write_video(tmp_path / "x.avi", 3000, code="MJPG")
     command = [sys.executable, "demo/predict.py", str(path), "--output", str(tmp_path / "out")]
     command += ["--config-file", str(run_folder / "config.yaml")]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
+    )
     (unfinished,) = wait_for(lambda: list((tmp_path / "out").glob("detections.json.*.unfinished")))
     wait_for(lambda: unfinished.stat().st_size > 1000)
     assert json.loads(unfinished.read_text())  # whole at any time
