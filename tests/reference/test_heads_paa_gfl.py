@@ -23,6 +23,8 @@ from codetr_d2.modeling.auxiliary import build_auxiliary_head, paa
 from codetr_d2.modeling.pyramid import FeaturePyramid, build_pyramid
 from tests.reference.conftest import reference_dir
 
+pytestmark = pytest.mark.slow
+
 # Starts of the recorded parameters' names, and ours.
 NAMES = {
     **{f"{tower}_convs.0.{part}": f"{ours}_tower.0{own}" for tower, ours in (("cls", "cls"), ("reg", "box"))

@@ -19,6 +19,8 @@ from codetr_d2.modeling.pyramid import FeaturePyramid, build_pyramid
 from tests.reference.conftest import reference_dir
 from tests.reference.recordings import ROOT
 
+pytestmark = pytest.mark.slow
+
 HEADS = ("retinanet", "fcos")
 OUTPUTS = 1e-4
 LOSSES = 1e-4  # relative
