@@ -488,6 +488,7 @@ def with_numbers(state_dict):
     return numbered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["published", "ours", "numbered"])
 @pytest.mark.parametrize("heads", [[], ["atss"], ["atss", "roi"], ["roi"], ["atss", "atss"]])
 def test_auxiliary_heads_are_found_by_name(detector, published_file, tmp_path, load, heads, source):

@@ -64,6 +64,7 @@ def rows(co_deformable=False):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("co_deformable", [False, True])
 @pytest.mark.parametrize("mask_head", ["roi", "refine"])
 def test_models_say_what_their_classifiers_are(co_deformable, mask_head):

@@ -53,6 +53,7 @@ def through_a_file(data, path):
     return torch.load(path, weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_way_back_gives_the_same_file(tmp_path, name):
     file = published(name)

@@ -34,6 +34,7 @@ def read(monkeypatch):
     return lambda path: load_config(str(path), ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_model_is_the_published_one(tool, read, path):
     cfg = read(path)

@@ -23,6 +23,8 @@ from codetr_d2.visualization import draw_annotations
 from tests.small_disk import small_disk
 from tests.tiny_run import write_tiny_run
 
+pytestmark = pytest.mark.slow
+
 THRESHOLD = 0.005
 
 
@@ -216,7 +218,6 @@ def test_video_of_odd_size(predict, options, tmp_path):
     assert [x.shape for x in read_video(tmp_path / "out" / "x.mp4")] == [(18, 34, 3)] * 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interrupted(run_folder, tmp_path, name):
     """What is done is written whole, in one line, with the exit code of Ctrl-C."""

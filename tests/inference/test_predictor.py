@@ -13,6 +13,8 @@ from codetr_d2.errors import InputError
 from codetr_d2.inference import Predictor
 from tests.tiny_run import write_tiny_run
 
+pytestmark = pytest.mark.slow
+
 # A backbone that takes pictures of one channel, and that published models have.
 RESNET = [
     *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),

@@ -9,6 +9,7 @@ from codetr_d2.modeling.auxiliary import auxiliary_head_names
 from tests.small_model import build, make_batch, train_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aux_heads", [(), ("roi",), ("atss",), ("roi", "atss"), ("atss", "atss")])
 @pytest.mark.parametrize("num_objects", [(3, 1), (0, 2), (0, 0)])
 @pytest.mark.parametrize("query_head", ["CoDeformableDETRHead", "CoDINOHead"])
@@ -197,6 +198,7 @@ def add_masks(batch: list[dict]) -> list[dict]:
     return batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask_head, aux_heads", [("roi", ("roi", "atss")), ("refine", ("roi",)), ("refine", ())])
 @pytest.mark.parametrize("num_objects", [(3, 1), (0, 2), (0, 0)])
 def test_masks_are_trained(mask_head, aux_heads, num_objects):
@@ -211,6 +213,7 @@ def test_masks_are_trained(mask_head, aux_heads, num_objects):
     assert not missing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask_head", ["roi", "refine"])
 @pytest.mark.parametrize("eval_head", ["detr", "roi", "atss"])
 def test_masks_of_the_detections_of_each_head(mask_head, eval_head):

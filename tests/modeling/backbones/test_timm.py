@@ -61,6 +61,7 @@ def test_convolutional_and_hierarchical_models(name):
         assert features[feature].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
@@ -110,6 +111,7 @@ def test_channels_come_first_and_images_have_another_size():
     torch.testing.assert_close(feature, plain.eval()(x)[0].permute(0, 3, 1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hrnet_w18_small", "swinv2_cr_tiny_ns_224", "swin_tiny_patch4_window7_224"])
 def test_a_model_that_needs_whole_cells_asks_for_them(name):
     assert TimmBackbone(name, ["stride8"]).size_divisibility == 32

@@ -23,6 +23,7 @@ def masks_left_of_the_edge(_, detections):
 @pytest.mark.parametrize("mask_head", ["roi", "refine"])
 @pytest.mark.parametrize("eval_head", ["detr", "roi", "atss"])
 @torch.no_grad()
+@pytest.mark.slow
 def test_masks_are_not_squeezed_at_the_border(monkeypatch, mask_head, eval_head):
     """A mask whose right side is a vertical line in the image stays so, wherever its box has been clipped."""
     options = ("MODEL.CODETR.EVAL_HEAD", eval_head, "MODEL.CODETR.CANVAS_SIZE", CANVAS)

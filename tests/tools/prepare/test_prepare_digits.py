@@ -36,6 +36,7 @@ def few(digits, monkeypatch):
     return digits
 
 
+@pytest.mark.slow
 def test_every_byte_is_as_on_every_other_machine(dataset):
     digest = hashlib.sha256()
     for file in sorted(x for x in dataset.rglob("*") if x.is_file()):
