@@ -33,8 +33,11 @@ def add_codetr_config(cfg: CN) -> None:
     # Auxiliary heads, in order: names in AUX_HEAD_REGISTRY. [] is the plain detector (K = 0); a name may repeat.
     _C.MODEL.CODETR.AUX_HEADS = ["roi", "atss"]
     _C.MODEL.CODETR.LAMBDA1 = 1.0  # weight of the decoder losses of the positive queries (eq. 6)
-    _C.MODEL.CODETR.LAMBDA2 = 2.0  # weight of the auxiliary heads' own losses, once for each decoder layer (eq. 6)
+    # Weight of the auxiliary heads' own losses, once for each decoder layer (eq. 6). 0: the heads only assign, for the
+    # positive queries; they have no losses and stay as they are.
+    _C.MODEL.CODETR.LAMBDA2 = 2.0
     _C.MODEL.CODETR.POSITIVE_QUERIES = CN()
+    _C.MODEL.CODETR.POSITIVE_QUERIES.ENABLED = True  # False: the auxiliary heads supervise the encoder alone
     _C.MODEL.CODETR.POSITIVE_QUERIES.MAX_PER_HEAD = 300  # more positives than this in an image: a random choice of them
     _C.MODEL.CODETR.POSITIVE_QUERIES.MIN_PER_HEAD = 9
     # An image with fewer positives than the batch's largest is filled up with "negatives" (background candidates that

@@ -42,7 +42,8 @@ class CoDETR(nn.Module):
         strides: stride of each level in pixels.
         query_head: encoder, decoder and the losses of the queries.
         auxiliary_heads: by name, in the order of the query head's positive queries.
-        auxiliary_weight: weight of the auxiliary heads' losses (lambda_2 times the decoder layers, eq. 6).
+        auxiliary_weight: weight of the auxiliary heads' losses (lambda_2 times the decoder layers, eq. 6). With 0 the
+            heads assign alone, and they and their coarser level are not trained.
         eval_head: "detr", or the name of the auxiliary head whose detections inference returns.
         mask_head: predicts masks of the detections, from the encoder's output; or None.
         roi_masks: whether the auxiliary head named "roi" does so.
@@ -101,6 +102,16 @@ class CoDETR(nn.Module):
                     'MODEL.CODETR.MASK_HEAD is "roi", which is a branch of the ROI auxiliary head: add "roi" to '
                     'MODEL.CODETR.AUX_HEADS, or choose the mask head "refine"'
                 )
+        if options.AUX_HEADS and not options.LAMBDA2 and not options.POSITIVE_QUERIES.ENABLED:
+            raise InputError(
+                "MODEL.CODETR.LAMBDA2 is 0 and MODEL.CODETR.POSITIVE_QUERIES.ENABLED is False, so that auxiliary heads "
+                "would do nothing: set MODEL.CODETR.AUX_HEADS [] for the plain detector"
+            )
+        if cfg.MODEL.MASK_ON and options.MASK_HEAD == "roi" and not options.LAMBDA2:
+            raise InputError(
+                "MODEL.CODETR.LAMBDA2 is 0, so that masks of the ROI auxiliary head would not be trained: set it to "
+                '2.0, or MODEL.CODETR.MASK_HEAD "refine"'
+            )
         one_of(cfg, "MODEL.MS_DEFORM_ATTN", ["auto", "cpp", "triton", "eager"])
         positive(cfg, "MODEL.CODETR.NUM_CLASSES", "MODEL.CODETR.SIZE_DIVISIBILITY")
         within(cfg, 0, math.inf, "MODEL.CODETR.LAMBDA2", "MODEL.CODETR.CANVAS_SIZE")
@@ -145,6 +156,9 @@ class CoDETR(nn.Module):
         if auxiliary_heads:
             # One more, coarser level that only the auxiliary heads see.
             self.auxiliary_level = ConvGN(query_head.embed_dim, query_head.embed_dim, 3, stride=2, bias=True)
+            if auxiliary_weight == 0:
+                for module in (self.auxiliary_heads, self.auxiliary_level):
+                    module.requires_grad_(False)
         self.auxiliary_weight = auxiliary_weight
         self.eval_head = eval_head
         self.mask_head = mask_head
@@ -239,8 +253,13 @@ class CoDETR(nn.Module):
         if self.auxiliary_heads:
             auxiliary_pyramid = self.auxiliary_pyramid(memory)
         for name, head in self.auxiliary_heads.items():
-            head_losses, samples[name] = head(auxiliary_pyramid, instances)
-            losses.update({f"{k}_{name}": v * self.auxiliary_weight for k, v in head_losses.items()})
+            if self.auxiliary_weight == 0:
+                candidates = head.candidates(auxiliary_pyramid, instances)
+            else:
+                head_losses, candidates = head(auxiliary_pyramid, instances)
+                losses.update({f"{k}_{name}": v * self.auxiliary_weight for k, v in head_losses.items()})
+            if self.query_head.positive_queries:
+                samples[name] = candidates
         query_losses, output = self.query_head.losses(memory, samples, instances)
         losses.update(query_losses)
         if self.mask_head is not None:

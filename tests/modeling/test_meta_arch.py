@@ -65,6 +65,58 @@ def test_weights_of_the_losses():
         torch.testing.assert_close(value, losses[name] * (0.5 if halved else 1.0))
 
 
+SIX_HEADS = ("atss", "roi", "paa", "retinanet", "fcos", "gfl")
+
+
+@pytest.mark.parametrize("query_head", ["CoDeformableDETRHead", "CoDINOHead"])
+def test_positive_queries_alone(query_head):
+    """Without lambda2 the heads have no losses and are not trained, and hand on what they hand on with it."""
+    batch = make_batch(3, 1)
+    options = ["MODEL.CODETR.QUERY_HEAD", query_head]
+    model = build(*options, aux_heads=SIX_HEADS)
+    losses = train_step(model, batch)
+    alone = build(*options, "MODEL.CODETR.LAMBDA2", 0.0, aux_heads=SIX_HEADS)
+    own = train_step(alone, batch)
+    assert set(own) == {name for name in losses if not name.endswith(SIX_HEADS) or "_aux_" in name}
+    for name, value in own.items():
+        if "_dn" not in name:  # the heads draw as many random numbers, but in another order with this one
+            torch.testing.assert_close(value, losses[name])
+    for name, parameter in alone.named_parameters():
+        is_of_a_head = name.startswith("auxiliary_")
+        assert parameter.requires_grad != is_of_a_head
+        assert (parameter.grad is None) == is_of_a_head, name
+
+
+@pytest.mark.parametrize("query_head", ["CoDeformableDETRHead", "CoDINOHead"])
+def test_auxiliary_heads_alone(query_head):
+    """Without positive queries the losses of the heads and of the detector stay, and nothing waits for a gradient."""
+    batch = make_batch(3, 1)
+    options = ["MODEL.CODETR.QUERY_HEAD", query_head]
+    both = build(*options)
+    model = build(*options, "MODEL.CODETR.POSITIVE_QUERIES.ENABLED", False)
+    model.load_state_dict({k: v for k, v in both.state_dict().items() if "positive_queries" not in k})
+    losses = train_step(both, batch)
+    own = train_step(model, batch)
+    assert set(own) == {name for name in losses if "_aux_" not in name}
+    for name, value in own.items():
+        if "_dn" not in name:  # as above
+            torch.testing.assert_close(value, losses[name])
+    assert all(p.grad is not None for p in model.parameters())
+    assert not any("positive_queries" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["MODEL.CODETR.POSITIVE_QUERIES.ENABLED", False], r"would do nothing: set MODEL.CODETR.AUX_HEADS \[\]"),
+        (["MODEL.MASK_ON", True], 'would not be trained: set it to 2.0, or MODEL.CODETR.MASK_HEAD "refine"'),
+    ],
+)
+def test_heads_without_losses_have_something_to_do(options, message):
+    with pytest.raises(InputError, match="MODEL.CODETR.LAMBDA2 is 0.*" + message):
+        build("MODEL.CODETR.LAMBDA2", 0.0, *options)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -67,6 +67,13 @@ class AuxiliaryHead(nn.Module):
         """
         raise NotImplementedError
 
+    def candidates(self, pyramid: FeaturePyramid, targets: list[Instances]) -> PositiveSamples:
+        """The candidates of :meth:`forward` alone, for lambda_2 = 0; override it where that is less work.
+
+        The head's parameters need no gradient; the pyramid has one by the candidates' features.
+        """
+        return self(pyramid, targets)[1]
+
     def inference(self, pyramid: FeaturePyramid) -> list[Instances]:
         """The head's own detections of B images, to be called in eval mode.
 

@@ -174,14 +174,28 @@ class DenseHead(AuxiliaryHead):
 
     def forward(self, pyramid: FeaturePyramid, targets: list[Instances]) -> tuple[dict[str, Tensor], PositiveSamples]:
         """See the base class."""
+        predictions, dense_targets = self._predict_and_assign(pyramid, targets)
+        losses = {name: x * self.loss_weights[name] for name, x in self.losses(predictions, dense_targets).items()}
+        return losses, self._candidates(pyramid, dense_targets)
+
+    def candidates(self, pyramid: FeaturePyramid, targets: list[Instances]) -> PositiveSamples:
+        """See the base class."""
+        with torch.no_grad():
+            _, dense_targets = self._predict_and_assign(pyramid, targets)
+        return self._candidates(pyramid, dense_targets)
+
+    def _predict_and_assign(
+        self, pyramid: FeaturePyramid, targets: list[Instances]
+    ) -> tuple[list[Tensor], DenseTargets]:
         maps = pyramid.maps()
         predictions = [torch.cat(levels, dim=1) for levels in zip(*self.predict(maps))]
-        dense_targets = self._targets(pyramid.geometry, self.anchor_generator(maps), predictions, targets)
-        losses = self.losses(predictions, dense_targets)
-        return {name: loss * self.loss_weights[name] for name, loss in losses.items()}, PositiveSamples(
-            boxes=[dense_targets.anchors * x[:, None] for x in dense_targets.is_trained],
-            labels=list(dense_targets.labels),
-            target_boxes=list(dense_targets.boxes),
+        return predictions, self._targets(pyramid.geometry, self.anchor_generator(maps), predictions, targets)
+
+    def _candidates(self, pyramid: FeaturePyramid, targets: DenseTargets) -> PositiveSamples:
+        return PositiveSamples(
+            boxes=[targets.anchors * x[:, None] for x in targets.is_trained],
+            labels=list(targets.labels),
+            target_boxes=list(targets.boxes),
             features=list(pyramid.tokens),
         )
 

@@ -219,23 +219,36 @@ class CoROIHeads(StandardROIHeads):
             ]
         return super().label_and_sample_proposals(proposals, targets)
 
+    def sample(
+        self, features: dict[str, Tensor], proposals: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
+        """The sampled proposals of training, with their pooled features, without predictions and losses."""
+        proposals = self.label_and_sample_proposals(proposals, targets)
+        self._pool(features, proposals)
+        return proposals
+
+    def _pool(self, features: dict[str, Tensor], proposals: list[Instances]) -> Tensor:
+        """[R, C, 7, 7] features of the proposals, whose means these get in training."""
+        # ROIAlign rounds the boxes to the type of the features: 8 bits of a coordinate are not enough.
+        maps = [features[name].float() for name in self.box_in_features]
+        pooled = self.box_pooler(maps, [x.proposal_boxes for x in proposals])
+        if self.training:
+            for x, feature in zip(proposals, pooled.mean(dim=(2, 3)).split([len(x) for x in proposals])):
+                x.pooled_features = feature
+        return pooled
+
     def _forward_box(
         self, features: dict[str, Tensor], proposals: list[Instances]
     ) -> "dict[str, Tensor] | list[Instances]":
-        # ROIAlign rounds the boxes to the type of the features: 8 bits of a coordinate are not enough.
-        maps = [features[name].float() for name in self.box_in_features]
-        pooled = self.box_pooler(maps, [x.proposal_boxes for x in proposals])  # [R, C, 7, 7]
-        predictions = tuple(x.float() for x in self.box_predictor(self.box_head(pooled)))
+        predictions = tuple(x.float() for x in self.box_predictor(self.box_head(self._pool(features, proposals))))
         if not self.training:
             if self.soft_nms:
                 return self._soft_nms_inference(predictions, proposals)
             return self.box_predictor.inference(predictions, proposals)[0]
 
-        counts = [len(x) for x in proposals]
-        for x, feature in zip(proposals, pooled.mean(dim=(2, 3)).split(counts)):
-            x.pooled_features = feature
         # The losses are means over this process's ROIs; see reduce_mean for what this makes of them.
-        scale = sum(counts) / reduce_mean(pooled.new_tensor(float(sum(counts)))).clamp(min=1)
+        count = sum(len(x) for x in proposals)
+        scale = count / reduce_mean(predictions[0].new_tensor(float(count))).clamp(min=1)
         losses = self.box_predictor.losses(predictions, proposals)
         return {name: loss * scale for name, loss in losses.items()}
 
@@ -378,14 +391,27 @@ class ROIHead(AuxiliaryHead):
     def forward(self, pyramid: FeaturePyramid, targets: list[Instances]) -> tuple[dict[str, Tensor], PositiveSamples]:
         """See the base class."""
         images, features = self._inputs(pyramid)
-        # Where anchors may lie is the pyramid's affair: cells that an image reaches with its own padding.
-        anchor_targets = [Instances(size, **x.get_fields()) for size, x in zip(pyramid.geometry.padded_sizes, targets)]
-        proposals, rpn_losses = self.proposal_generator(images, features, anchor_targets)
+        proposals, rpn_losses = self._propose(pyramid, targets)
         proposals, roi_losses = self.roi_heads(images, features, proposals, targets)
         names = {"loss_rpn_loc": "loss_rpn_box", "loss_box_reg": "loss_box"}
         losses = {names.get(name, name): loss for name, loss in {**rpn_losses, **roi_losses}.items()}
+        return losses, self._candidates(proposals)
+
+    def candidates(self, pyramid: FeaturePyramid, targets: list[Instances]) -> PositiveSamples:
+        """See the base class."""
+        with torch.no_grad():
+            proposals, _ = self._propose(pyramid, targets)
+        _, features = self._inputs(pyramid)
+        return self._candidates(self.roi_heads.sample(features, proposals, targets))
+
+    def _propose(self, pyramid: FeaturePyramid, targets: list[Instances]) -> tuple[list[Instances], dict[str, Tensor]]:
+        # Where anchors may lie is the pyramid's affair: cells that an image reaches with its own padding.
+        anchor_targets = [Instances(size, **x.get_fields()) for size, x in zip(pyramid.geometry.padded_sizes, targets)]
+        return self.proposal_generator(*self._inputs(pyramid), anchor_targets)
+
+    def _candidates(self, proposals: list[Instances]) -> PositiveSamples:
         boxes = [x.proposal_boxes.tensor for x in proposals]
-        return losses, PositiveSamples(
+        return PositiveSamples(
             boxes=boxes,
             labels=[x.gt_classes for x in proposals],
             target_boxes=[

@@ -35,7 +35,7 @@ class QueryHead(nn.Module):
         decoder: (groups of queries, encoder's output) -> for each group a :class:`DecoderOutput`.
         proposals: predicts, from the encoder's output, what queries start from; None where they start from what is
             learned alone.
-        positive_queries: one module for each auxiliary head, by its name.
+        positive_queries: one module for each auxiliary head, by its name; none for no such queries.
         criterion: the losses.
         embed_dim: channels of the encoder's output and of the queries.
         max_detections: detections of each image at inference.
@@ -43,7 +43,10 @@ class QueryHead(nn.Module):
         positive_weight: weight of the losses of the positive queries (lambda_1 in eq. 6).
     """
 
-    OPTIONAL_PARTS = {"positive_queries.*": "queries of an auxiliary head that MODEL.CODETR.AUX_HEADS does not list"}
+    OPTIONAL_PARTS = {
+        "positive_queries.*": "queries of an auxiliary head that MODEL.CODETR.AUX_HEADS does not list, or "
+        "MODEL.CODETR.POSITIVE_QUERIES.ENABLED is False"
+    }
 
     def __init__(
         self,

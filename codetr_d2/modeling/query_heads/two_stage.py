@@ -160,7 +160,7 @@ def query_head_arguments(
             name: PositiveQueries(
                 dim, num_classes, positives.MAX_PER_HEAD, positives.MIN_PER_HEAD, positives.PADDING, content_only
             )
-            for name in auxiliary_head_names(options.AUX_HEADS)
+            for name in auxiliary_head_names(options.AUX_HEADS if positives.ENABLED else [])
         },
         "criterion": SetCriterion(
             num_classes,

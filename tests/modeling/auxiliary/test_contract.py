@@ -117,6 +117,23 @@ def test_losses_and_candidates(head, make_pyramid, targets):
     assert pyramid.tokens.grad.abs().sum() > 0
 
 
+def test_candidates_without_losses(head, make_pyramid, targets):
+    """The same ones, with the same gradient of their features, and none for the head."""
+    outcomes = []
+    for candidates in (lambda *x: head(*x)[1], head.candidates):
+        torch.manual_seed(0)
+        pyramid = make_pyramid(SIZES)
+        pyramid.tokens.requires_grad_()
+        samples = candidates(pyramid, targets)
+        check_candidates(samples, targets, 3)
+        sum((x * x.detach()).sum() for x in samples.features).backward()
+        outcomes.append(
+            [*samples.boxes, *samples.labels, *samples.target_boxes, *samples.features, pyramid.tokens.grad]
+        )
+    assert all(map(torch.equal, *outcomes))
+    assert all(x.grad is None for x in head.parameters())
+
+
 @pytest.mark.parametrize("empty", [(0,), (1,), (0, 1)])
 def test_images_without_objects(head, make_pyramid, make_targets, targets, empty):
     names = set(train(head, make_pyramid(SIZES), targets)[0])
