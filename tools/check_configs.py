@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Build the model of every config, compare its parameters with the published counts, and print a table.
+"""Build the model of every config, compare its parameters with what they should be, and print a table.
 
     python tools/check_configs.py                             # all of configs/
     python tools/check_configs.py --step 'configs/co_dino/*'  # and train each for one step on a small random image
@@ -31,6 +31,7 @@ from codetr_d2.engine.optimizer import build_optimizer, clip_full_model
 from codetr_d2.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
+# Those of the published models; of ablations worked out by hand, from theirs and the shapes of the heads.
 COUNTS = json.loads((ROOT / "tests" / "configs" / "parameter_counts.json").read_text())
 
 # Starts of our names and the published modules that they belong to; the first that fits counts.
@@ -42,7 +43,8 @@ MODULES = {
     "auxiliary_level.": "query_head",
     "auxiliary_heads.roi.proposal_generator.": "rpn_head",
     "auxiliary_heads.roi.roi_heads.": "roi_head",
-    "auxiliary_heads.atss.": "bbox_head",
+    "auxiliary_heads.atss": "bbox_head",  # several of them too
+    **{f"auxiliary_heads.{name}.": f"{name}_head" for name in ("retinanet", "fcos", "paa", "gfl")},
     "mask_head.iou_head.": "mask_iou_head",
     "mask_head.": "mask_head",
 }
@@ -59,7 +61,7 @@ def build_without_weights(cfg: CfgNode) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Number of parameters of each top-level module of the published models.
+    """Number of parameters of each top-level module, by the published models' names.
 
     The weights and biases of frozen batch normalisation are buffers in detectron2, and parameters there.
     """
@@ -128,16 +130,16 @@ def check(path: str, with_step: bool) -> tuple[dict[str, str], bool]:
     """A row of the table, and whether all is well."""
     cfg = load_config(path)
     name = Path(path).stem
-    counts, published = count_parameters(build_without_weights(cfg)), COUNTS.get(name)
+    counts, expected = count_parameters(build_without_weights(cfg)), COUNTS.get(name)
     differing = {
-        f"{module} {counts.get(module, 0)} instead of {(published or {}).get(module, 0)}"
-        for module in {*counts, *(published or counts)}
-        if counts.get(module) != (published or counts).get(module)
+        f"{module} {counts.get(module, 0)} instead of {(expected or {}).get(module, 0)}"
+        for module in {*counts, *(expected or counts)}
+        if counts.get(module) != (expected or counts).get(module)
     }
     row = {
         "config": name,
         "parameters": f"{sum(counts.values()):,}",
-        "published": "-" if published is None else ", ".join(sorted(differing)) or "equal in every module",
+        "expected": "-" if expected is None else ", ".join(sorted(differing)) or "equal in every module",
     }
     if with_step:
         start = time.perf_counter()

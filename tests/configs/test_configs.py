@@ -1,7 +1,8 @@
-"""Every config of the folder: its model builds, and is as large as the published one."""
+"""Every config of the folder: its model builds, and is as large as it should be."""
 
 import importlib.util
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def read(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_model_is_the_published_one(tool, read, path):
+def test_number_of_parameters(tool, read, path):
     cfg = read(path)
     if path.parent.name != "quick_start":  # whose datasets are not there before it has run
         check_config(cfg)
@@ -47,9 +48,21 @@ def test_model_is_the_published_one(tool, read, path):
     assert (path.stem in tool.COUNTS) == (path.parent.name != "quick_start")
     untrained = {".".join(name.split(".")[:2]) for name, p in model.named_parameters() if not p.requires_grad}
     # As published: of a ResNet all but the stem and the first stage is trained, of other models everything.
-    assert untrained == ({"backbone.stem", "backbone.res2"} if "_r50_" in path.stem else set())
+    expected = {"backbone.stem", "backbone.res2"} if "_r50_" in path.stem else set()
+    if cfg.MODEL.CODETR.LAMBDA2 == 0:
+        expected |= {"auxiliary_heads.atss", "auxiliary_level.0", "auxiliary_level.1"}
+    assert untrained == expected
     for part, _ in cfg.SOLVER.LR_MULTIPLIERS:
         assert any(part in name for name, _ in model.named_parameters()), part
+
+
+def test_every_config_is_in_the_model_zoo():
+    page = (ROOT / "MODEL_ZOO.md").read_text()
+    for path in CONFIGS:
+        if path.parent.name != "quick_start":
+            assert f"]({path.relative_to(ROOT)})" in page, path.name
+    for link in re.findall(r"\]\((configs/[^)]*)\)", page):
+        assert (ROOT / link).is_file(), link
 
 
 @pytest.mark.slow
