@@ -16,7 +16,7 @@ from .copy_paste import CutOuts, choose_objects, paste_objects
 from .images import read_image
 from .transforms import ResizeShortestEdge
 
-__all__ = ["CoDETRDatasetMapper", "build_augmentations"]
+__all__ = ["CoDETRDatasetMapper", "annotation_boxes", "build_augmentations"]
 
 # Short sides that an image is resized to before it is cropped (DETR, arXiv 2005.12872, section 4), and the longest side
 # that it may have then.
@@ -116,7 +116,7 @@ def _pad(image: np.ndarray, padding: T.PadTransform) -> np.ndarray:
     return padded
 
 
-def _boxes(annotations: Sequence[dict]) -> np.ndarray:
+def annotation_boxes(annotations: Sequence[dict]) -> np.ndarray:
     """Boxes of annotations, of any ``bbox_mode``, as [N, 4] xyxy float64."""
     boxes = np.zeros((len(annotations), 4))
     modes = [x["bbox_mode"] for x in annotations]
@@ -205,7 +205,7 @@ class CoDETRDatasetMapper(DatasetMapper):
 
     def _transform_annotations(self, dataset_dict: dict, transforms: T.Transform, image_shape: tuple[int, int]) -> None:
         annotations = [x for x in dataset_dict.pop("annotations") if x.get("iscrowd", 0) == 0]
-        boxes = _boxes(annotations)
+        boxes = annotation_boxes(annotations)
         if not self.use_instance_mask:
             height, width = image_shape
             boxes = transforms.apply_box(boxes).clip(0, (width, height, width, height))

@@ -32,6 +32,7 @@ from ..data.samplers import derive_seed, seed_rng
 from ..data.shared import SharedRecords
 from ..errors import InputError, named_disk_problems
 from ..evaluation import DetectionEvaluator, evaluation_style
+from .anchor_check import warn_of_unsuitable_anchors
 from .ema import ModelEMA
 from .hooks import BestCheckpointer, MetricsWriter, PeriodicCheckpointer, PeriodicWriter, drop_metrics_from
 from .log_file import LogFile, one_line_errors
@@ -190,6 +191,8 @@ class CoDETRTrainer(DefaultTrainer):
         self._data = training_data(cfg, len(data_loader.dataset))
         self.cfg = cfg = schedule_in_iterations(cfg, round(data_loader.batch_sampler.epoch_size))
         self.bare_model = self.build_model(cfg)
+        if comm.is_main_process():
+            warn_of_unsuitable_anchors(cfg, self.bare_model, data_loader.dataset.records)
         optimizer = self.build_optimizer(cfg, self.bare_model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"

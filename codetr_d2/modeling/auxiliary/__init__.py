@@ -2,7 +2,7 @@
 
 from .anchors import RatioMajorAnchorGenerator
 from .atss import ATSSHead
-from .base import AUX_HEAD_REGISTRY, AuxiliaryHead, auxiliary_head_names, build_auxiliary_head
+from .base import AUX_HEAD_REGISTRY, AnchorSizes, AuxiliaryHead, auxiliary_head_names, build_auxiliary_head
 from .dense import DenseHead, DenseTargets
 from .fcos import FCOSHead
 from .gfl import GFLHead
@@ -13,6 +13,7 @@ from .roi import CoROIHeads, CoRPN, ROIHead
 __all__ = [
     "AUX_HEAD_REGISTRY",
     "ATSSHead",
+    "AnchorSizes",
     "AuxiliaryHead",
     "CoROIHeads",
     "CoRPN",

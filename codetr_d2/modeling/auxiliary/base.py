@@ -1,6 +1,7 @@
 """The interface of the auxiliary heads, and where they are registered."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..pyramid import FeaturePyramid
 from ..structures import PositiveSamples
 
-__all__ = ["AUX_HEAD_REGISTRY", "AuxiliaryHead", "auxiliary_head_names", "build_auxiliary_head"]
+__all__ = ["AUX_HEAD_REGISTRY", "AnchorSizes", "AuxiliaryHead", "auxiliary_head_names", "build_auxiliary_head"]
 
 
 class _AuxiliaryHeadRegistry(Registry):
@@ -39,6 +40,21 @@ A class is registered by ``@AUX_HEAD_REGISTRY.register("name")``, so that what i
 The registered object is called with ``obj(cfg, input_shapes)``, where ``input_shapes`` is a list of ``ShapeSpec`` with
 the channels and stride of each level of the head's pyramid, from fine to coarse. It returns an :class:`AuxiliaryHead`.
 """
+
+
+@dataclass
+class AnchorSizes:
+    """The anchors of a head, by which it is told whether they suit the objects of a dataset.
+
+    Attributes:
+        option: the full name of the option that decides about them.
+        sizes: [A, 2] float, their (width, height) in pixels of the network input.
+        least_overlap: IoU with an object from which on an anchor can answer for it.
+    """
+
+    option: str
+    sizes: Tensor
+    least_overlap: float
 
 
 class AuxiliaryHead(nn.Module):
@@ -73,6 +89,10 @@ class AuxiliaryHead(nn.Module):
         The head's parameters need no gradient; the pyramid has one by the candidates' features.
         """
         return self(pyramid, targets)[1]
+
+    def anchor_sizes(self) -> AnchorSizes | None:
+        """The sizes of the head's anchors; None where it has none, or none that an option decides about."""
+        return None
 
     def inference(self, pyramid: FeaturePyramid) -> list[Instances]:
         """The head's own detections of B images, to be called in eval mode.

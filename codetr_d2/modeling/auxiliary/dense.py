@@ -17,7 +17,7 @@ from ...option_checks import option, positive, share, within
 from ..pyramid import FeaturePyramid, Geometry
 from ..structures import PositiveSamples
 from .anchors import valid_anchors
-from .base import AuxiliaryHead
+from .base import AnchorSizes, AuxiliaryHead
 
 __all__ = ["BACKGROUND", "IGNORED", "DenseHead", "DenseTargets"]
 
@@ -73,6 +73,7 @@ class DenseHead(AuxiliaryHead):
 
     options: str
     topk_option = "PRE_NMS_TOPK_TEST"
+    least_overlap = 0.1  # an anchor that overlaps an object by less says next to nothing about it
     loss_names: tuple[str, ...]
 
     def __init__(
@@ -167,6 +168,11 @@ class DenseHead(AuxiliaryHead):
             "soft_nms": options.SOFT_NMS,
             "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
         }
+
+    def anchor_sizes(self) -> AnchorSizes | None:
+        """See the base class."""
+        anchors = torch.cat(list(self.anchor_generator.cell_anchors))
+        return AnchorSizes(f"MODEL.{self.options}.ANCHOR_SCALE", anchors[:, 2:] - anchors[:, :2], self.least_overlap)
 
     def predictor(self, channels: int) -> nn.Conv2d:
         """A convolution, initialised, that predicts ``channels`` numbers for each anchor of a cell."""

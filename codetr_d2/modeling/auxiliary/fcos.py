@@ -71,6 +71,9 @@ class FCOSHead(DenseHead):
             "center_sampling_radius": cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS,
         }
 
+    def anchor_sizes(self) -> None:
+        """See the base class; there are only points."""
+
     def predict_boxes(self, x: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """Distances to the left, upper, right and lower side in strides, and centre-ness logits; see the base class."""
         return self.box_distances(x) * self.scales[level], self.centerness(x)

@@ -74,6 +74,7 @@ class PAAHead(DenseHead):
         self.box2box_transform = Box2BoxTransform(weights=tuple(bbox_reg_weights))
         # An object that overlaps no anchor at all has no best ones.
         self.matcher = MaxIoUMatcher([iou_threshold], [0, 1], min_pos_iou=torch.finfo(torch.float32).tiny)
+        self.least_overlap = iou_threshold
         self.topk = topk
         self.score_voting = score_voting
         self.box_deltas = self.predictor(4)

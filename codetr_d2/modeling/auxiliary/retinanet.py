@@ -85,6 +85,7 @@ class RetinaNetHead(DenseHead):
         )
         super().__init__(strides=strides, anchor_generator=anchor_generator, norm=False, conv_bias=True, **kwargs)
         self.matcher = MaxIoUMatcher(iou_thresholds, iou_labels, min_pos_iou=0.0)
+        self.least_overlap = iou_thresholds[-1]
         self.box2box_transform = Box2BoxTransform(weights=tuple(bbox_reg_weights))
         self.box_deltas = self.predictor(4)
 

@@ -33,7 +33,7 @@ from ..facts import ClassRows
 from ..pyramid import FeaturePyramid
 from ..structures import PositiveSamples
 from .anchors import valid_anchors
-from .base import AUX_HEAD_REGISTRY, AuxiliaryHead
+from .base import AUX_HEAD_REGISTRY, AnchorSizes, AuxiliaryHead
 
 __all__ = ["CoROIHeads", "CoRPN", "ROIHead"]
 
@@ -383,6 +383,12 @@ class ROIHead(AuxiliaryHead):
             "roi_heads": roi_heads,
             "level_names": level_names,
         }
+
+    def anchor_sizes(self) -> AnchorSizes:
+        """See the base class."""
+        anchors = torch.cat(list(self.proposal_generator.anchor_generator.cell_anchors))
+        least_overlap = min(self.proposal_generator.anchor_matcher.thresholds[1:-1])
+        return AnchorSizes("MODEL.ANCHOR_GENERATOR.SIZES", anchors[:, 2:] - anchors[:, :2], least_overlap)
 
     def _inputs(self, pyramid: FeaturePyramid) -> tuple[ImageList, dict[str, Tensor]]:
         # detectron2's heads read nothing but the sizes from the images.
