@@ -43,7 +43,7 @@ __all__ = ["Case", "Runner", "benchmark_model", "build_cfg", "first_case", "pars
 OURS = "ours"
 WARM_UP = {"cpu": 1, "cuda": 5}  # runs that are not measured
 SWEEPS = ("size", "queries", "objects", "k", "batch")
-AUX_HEADS = ("roi", "atss")  # of a sweep over k, in turn
+AUX_HEADS = ("atss", "roi", "paa", "retinanet", "fcos", "gfl")  # of a sweep over k, in the order of the paper
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ def swept_case(case: Case, name: str, value: int) -> Case:
         if not cfg.MODEL.CODETR.AUX_HEADS:
             raise InputError(
                 "--sweep k: the config has no auxiliary heads (MODEL.CODETR.AUX_HEADS is empty); name one that "
-                "describes both, roi and atss"
+                "describes them all"
             )
         cfg.MODEL.CODETR.AUX_HEADS = [AUX_HEADS[i % len(AUX_HEADS)] for i in range(value)]
         check_config(cfg)
