@@ -63,6 +63,6 @@ def test_with_all_heads(num_objects, tmp_path):
 
 @pytest.mark.slow
 def test_without_any_object(tmp_path):
-    """No parameter waits for a gradient. What losses are divided by then is at least 1 in each process, as published."""
+    """No parameter waits for a gradient. What losses are divided by is at least 1 in each process."""
     run_processes(save_gradients, 2, device="cpu", args=((0, 0), str(tmp_path / "two.pth")))
     assert all(x is not None and x.isfinite().all() for x in torch.load(tmp_path / "two.pth").values())
