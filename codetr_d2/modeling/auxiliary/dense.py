@@ -1,7 +1,10 @@
 """What all one-stage auxiliary heads have in common."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -10,6 +13,7 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ...errors import InputError
 from ...layers import soft_nms
@@ -214,8 +218,8 @@ class DenseHead(AuxiliaryHead):
         """
         predictions = []
         for level, x in enumerate(maps):
-            logits = self.cls_score(self.cls_tower(x))
-            boxes, *others = self.predict_boxes(self.box_tower(x), level)
+            logits = _through(self.cls_tower, x, self.cls_score)
+            boxes, *others = _through(self.box_tower, x, partial(self.predict_boxes, level=level))
             logits, boxes, *others = (_rows(x, self.anchors_per_cell) for x in (logits, boxes, *others))
             predictions.append((logits, boxes, *(x.squeeze(2) for x in others)))
         return predictions
@@ -384,6 +388,39 @@ class DenseHead(AuxiliaryHead):
             kept_scores = scores[keep]
         keep = keep[: self.detections_per_image]
         return boxes[keep], kept_scores[: self.detections_per_image], classes[keep]
+
+
+def _through(tower: nn.Sequential, x: Tensor, predict: Callable[[Tensor], Any]) -> Any:
+    """``predict(tower(x))``, which keeps less for the backward pass.
+
+    Of a normalised convolution its own output is kept, and not what normalisation and activation make of it: that is
+    computed anew, which costs little, as the last convolution on it need not be computed again.
+    """
+    before = None
+    for step in (*tower, predict):
+        run = step if step is predict else partial(_convolve, step)
+        if before is None:
+            x = run(x)
+        elif before.norm is None or not torch.is_grad_enabled():
+            x = run(_finish(before, x))
+        else:
+            x = checkpoint(_finish_and, before, run, x, use_reentrant=False, preserve_rng_state=False)
+        before = step
+    return x
+
+
+def _convolve(conv: Conv2d, x: Tensor) -> Tensor:
+    """The convolution alone of detectron2's layer."""
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+
+
+def _finish(conv: Conv2d, x: Tensor) -> Tensor:
+    """The rest of detectron2's layer."""
+    return conv.activation(x if conv.norm is None else conv.norm(x))
+
+
+def _finish_and(conv: Conv2d, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+    return run(_finish(conv, x))
 
 
 def _rows(x: Tensor, anchors_per_cell: int) -> Tensor:
