@@ -184,22 +184,23 @@ class DenseHead(AuxiliaryHead):
 
     def forward(self, pyramid: FeaturePyramid, targets: list[Instances]) -> tuple[dict[str, Tensor], PositiveSamples]:
         """See the base class."""
-        predictions, dense_targets = self._predict_and_assign(pyramid, targets)
+        predictions, dense_targets = self.predict_and_assign(pyramid, targets)
         losses = {name: x * self.loss_weights[name] for name, x in self.losses(predictions, dense_targets).items()}
         return losses, self._candidates(pyramid, dense_targets)
 
     def candidates(self, pyramid: FeaturePyramid, targets: list[Instances]) -> PositiveSamples:
         """See the base class."""
         with torch.no_grad():
-            _, dense_targets = self._predict_and_assign(pyramid, targets)
+            _, dense_targets = self.predict_and_assign(pyramid, targets)
         return self._candidates(pyramid, dense_targets)
 
-    def _predict_and_assign(
+    def predict_and_assign(
         self, pyramid: FeaturePyramid, targets: list[Instances]
     ) -> tuple[list[Tensor], DenseTargets]:
+        """The predictions and targets of training, as :meth:`losses` gets them."""
         maps = pyramid.maps()
         predictions = [torch.cat(levels, dim=1) for levels in zip(*self.predict(maps))]
-        return predictions, self._targets(pyramid.geometry, self.anchor_generator(maps), predictions, targets)
+        return predictions, self.targets(pyramid.geometry, self.anchor_generator(maps), predictions, targets)
 
     def _candidates(self, pyramid: FeaturePyramid, targets: DenseTargets) -> PositiveSamples:
         return PositiveSamples(
@@ -218,14 +219,17 @@ class DenseHead(AuxiliaryHead):
         """
         predictions = []
         for level, x in enumerate(maps):
-            logits = _through(self.cls_tower, x, self.cls_score)
             boxes, *others = _through(self.box_tower, x, partial(self.predict_boxes, level=level))
-            logits, boxes, *others = (_rows(x, self.anchors_per_cell) for x in (logits, boxes, *others))
-            predictions.append((logits, boxes, *(x.squeeze(2) for x in others)))
+            boxes, *others = (_rows(x, self.anchors_per_cell) for x in (boxes, *others))
+            predictions.append((self.predict_classes(x), boxes, *(x.squeeze(2) for x in others)))
         return predictions
 
+    def predict_classes(self, x: Tensor) -> Tensor:
+        """[B, C, height, width] -> [B, N, K] class logits, float32."""
+        return _rows(_through(self.cls_tower, x, self.cls_score), self.anchors_per_cell)
+
     @torch.no_grad()
-    def _targets(
+    def targets(
         self, geometry: Geometry, levels: list[Boxes], predictions: list[Tensor], targets: list[Instances]
     ) -> DenseTargets:
         anchors = Boxes.cat(levels).tensor

@@ -4,7 +4,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
@@ -14,8 +14,10 @@ from ...layers import focal_loss
 from ...option_checks import positive
 from ..assigners.max_iou import MaxIoUMatcher
 from ..facts import ClassRows
+from ..pyramid import FeaturePyramid
 from .anchors import RatioMajorAnchorGenerator, decode_deltas
 from .base import AUX_HEAD_REGISTRY
+from .conv_at_cells import conv_at_cells
 from .dense import BACKGROUND, IGNORED, DenseHead, DenseTargets
 
 __all__ = ["RetinaNetHead"]
@@ -104,19 +106,31 @@ class RetinaNetHead(DenseHead):
         """Box deltas; see the base class."""
         return (self.box_deltas(x),)
 
+    def predict_and_assign(
+        self, pyramid: FeaturePyramid, targets: list[Instances]
+    ) -> tuple[list[Tensor], DenseTargets]:
+        """See the base class. Nothing but the positives, [P, 4], needs box predictions, as the assignment needs none
+        and no normalisation looks at the whole map."""
+        maps = pyramid.maps()
+        logits = torch.cat([self.predict_classes(x) for x in maps], dim=1)
+        dense_targets = self.targets(pyramid.geometry, self.anchor_generator(maps), [logits], targets)
+        positive = dense_targets.is_positive.unflatten(1, (-1, self.anchors_per_cell))  # [B, cells, anchors of a cell]
+        cells = positive.any(dim=2)
+        deltas = conv_at_cells(maps, cells, [*self.box_tower, self.box_deltas])  # [cells with a positive, anchors * 4]
+        return [logits, deltas.float().unflatten(1, (-1, 4))[positive[cells]]], dense_targets
+
     def assign(self, anchors: Tensor, anchors_per_level: list[int], gt_boxes: Tensor, *_) -> Tensor:
         """See the base class."""
         index, labels = self.matcher(pairwise_iou(Boxes(gt_boxes), Boxes(anchors)))
         return torch.where(labels == 1, index, torch.where(labels == 0, BACKGROUND, IGNORED))
 
     def losses(self, predictions: list[Tensor], targets: DenseTargets) -> dict[str, Tensor]:
-        """See the base class."""
+        """See the base class; the boxes are those of the positives, [P, 4]."""
         logits, deltas = predictions
-        positive = targets.is_positive
-        num_positives = reduce_mean(positive.sum(dim=1).clamp(min=1).sum().float())
+        num_positives = reduce_mean(targets.is_positive.sum(dim=1).clamp(min=1).sum().float())
         loss_cls = (focal_loss(logits, targets.labels) * targets.is_trained).sum()
         anchors, gt_boxes = targets.positives()
-        loss_box = generalized_box_iou_loss(self.decode(deltas[positive], anchors), gt_boxes, reduction="sum")
+        loss_box = generalized_box_iou_loss(self.decode(deltas, anchors), gt_boxes, reduction="sum")
         return {"loss_cls": loss_cls / num_positives, "loss_box": loss_box / num_positives}
 
     def decode(self, predictions: Tensor, anchors: Tensor) -> Tensor:
