@@ -34,13 +34,16 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: list[AttentionBloc
 
     Args:
         q: [B, heads, Q, D] projected queries.
-        k, v: [B, heads, S, D] and [B, heads, S, E] projected keys and values.
+        k, v: [B, heads, S, D] and [B, heads, S, E] projected keys and values, E at most D.
         blocks: their queries follow each other and make up the whole sequence.
         dropout: the probability that an attention weight is zeroed.
 
     Returns:
         [B, Q, heads * E]
     """
+    width = v.shape[-1]
+    if width < k.shape[-1]:  # the fused kernels, which keep no weights, take values as wide as keys alone
+        v = F.pad(v, (0, k.shape[-1] - width))
     attended = [
         F.scaled_dot_product_attention(
             q[:, :, block.queries],
@@ -51,7 +54,7 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: list[AttentionBloc
         )
         for block in blocks
     ]
-    return torch.cat(attended, dim=2).transpose(1, 2).flatten(2)
+    return torch.cat(attended, dim=2)[..., :width].transpose(1, 2).flatten(2)
 
 
 class BlockSelfAttention(nn.Module):
