@@ -66,6 +66,7 @@ class CoDETR(nn.Module):
     OPTIONS_OF_NAMES = {
         "backbone": "MODEL.BACKBONE.NAME and its depth",
         "neck": "MODEL.CODETR.IN_FEATURES and NUM_FEATURE_LEVELS",
+        "auxiliary_level": "MODEL.CODETR.NUM_FEATURE_LEVELS",
         "": "MODEL.CODETR.QUERY_HEAD",
     }
     OPTIONAL_PARTS = {
