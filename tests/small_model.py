@@ -9,6 +9,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from codetr_d2 import add_codetr_config
+from codetr_d2.modeling.query_heads import QUERY_HEAD_REGISTRY, SingleLevelQueryHead
 from tests.tiny_run import CONFIGS
 
 _BUILT = {}  # models that tests have asked for: a copy takes a tenth of the time of a new one
@@ -32,6 +33,9 @@ def _build(options, aux_heads):
     for part in ("ENCODER", "DECODER"):
         small += [f"MODEL.CODETR.{part}.NUM_LAYERS", 2, f"MODEL.CODETR.{part}.FFN_DIM", 64]
     cfg.merge_from_list([*small, "MODEL.WEIGHTS", "", *options])
+    if issubclass(QUERY_HEAD_REGISTRY.get(cfg.MODEL.CODETR.QUERY_HEAD), SingleLevelQueryHead):
+        cfg.MODEL.CODETR.IN_FEATURES, cfg.MODEL.CODETR.NUM_FEATURE_LEVELS = ["stride16"], 1
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[4 * 2.0**i] for i in range(3, 8)]  # of strides 8 to 128
     cfg.MODEL.CODETR.AUX_HEADS = list(aux_heads)
     return build_model(cfg)
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Train a small Co-DETR on this machine, evaluate it, and draw what it finds: what `make quickstart` runs.
 
-    python tools/quick_start.py digits|nuclei|trees [--model co_dino] [--output DIR] [--fresh]
+    python tools/quick_start.py digits|nuclei|trees [--model MODEL] [--output DIR] [--fresh]
 
 It prepares the dataset and the backbone's weights, runs train_net.py with the config of model and dataset in
-configs/quick_start (a Co-DINO is there for digits and nuclei), and writes predictions.png, curves.png and summary.json
-beside the checkpoints. An interrupted run is gone on with; of a finished one, only the report is made anew, unless
---fresh.
+configs/quick_start (all have a co_deformable_detr, digits and nuclei a co_dino, digits a co_conditional_detr and a
+co_dab_detr), and writes predictions.png, curves.png and summary.json beside the checkpoints. An interrupted run is gone
+on with; of a finished one, only the report is made anew, unless --fresh.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from codetr_d2.visualization import draw_annotations, draw_predictions
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARE = {"digits": prepare_digits.prepare, "nuclei": prepare_nuclei.prepare, "trees": prepare_trees.prepare}
-MODELS = ("co_deformable_detr", "co_dino")
+MODELS = ("co_deformable_detr", "co_dino", "co_conditional_detr", "co_dab_detr")
 DATASETS = Path("datasets")
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 TASKS = {"bbox": "box", "segm": "mask"}  # the latter where the model has masks
@@ -150,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", choices=sorted(PREPARE))
     parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="folder of the run (default: output/quick_start/DATASET[_co_dino])")
+    parser.add_argument("--output", type=Path, help="folder of the run (default: output/quick_start/DATASET[_MODEL])")
     parser.add_argument("--fresh", action="store_true", help="train anew; an older run is renamed, not deleted")
     args = parser.parse_args()
     name = args.dataset if args.model == MODELS[0] else f"{args.dataset}_{args.model}"

@@ -16,7 +16,9 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.CODETR.NUM_CLASSES = 80  # the number of object classes, for all heads; background is not counted
     # Names of the classes, for drawing; training fills them in from the dataset, so that a saved config carries them.
     _C.MODEL.CODETR.CLASS_NAMES = []
-    _C.MODEL.CODETR.QUERY_HEAD = "CoDeformableDETRHead"  # or CoDINOHead: a name in QUERY_HEAD_REGISTRY
+    # A name in QUERY_HEAD_REGISTRY: CoDeformableDETRHead, CoDINOHead, or with NUM_FEATURE_LEVELS 1
+    # ConditionalDETRHead or DABDETRHead. NUM_POINTS, MODEL.MS_DEFORM_ATTN and DENOISING mean nothing to the last two.
+    _C.MODEL.CODETR.QUERY_HEAD = "CoDeformableDETRHead"
     _C.MODEL.CODETR.IN_FEATURES = ["res3", "res4", "res5"]  # backbone outputs, from fine to coarse
     _C.MODEL.CODETR.NUM_FEATURE_LEVELS = 4  # levels of the transformer; those past IN_FEATURES are added by the neck
     # "" where the backbone's features are the levels already (ViT with its feature pyramid).

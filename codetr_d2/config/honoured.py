@@ -68,7 +68,7 @@ REFUSED = {
     "GLOBAL.HACK": "nothing reads it",
 }
 
-_LEVELS = "CoDETR's heads read the levels of the transformer and one above them: see MODEL.CODETR.IN_FEATURES"
+_LEVELS = "CoDETR's heads read the levels of the transformer and what is made of them: see MODEL.CODETR.IN_FEATURES"
 _NUM_CLASSES = "CoDETR has its number of classes from MODEL.CODETR.NUM_CLASSES: set that"
 _GIOU = "CoDETR's RetinaNet head has a GIoU loss"
 _NO_FEDERATED_LOSS = "CoDETR has no federated loss"

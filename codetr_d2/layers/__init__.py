@@ -2,6 +2,7 @@
 
 from .attention import AttentionBlock, BlockSelfAttention
 from .box_coordinates import inverse_sigmoid, paired_giou, paired_iou, pairwise_giou, sine_embedding
+from .conditional_attention import ConditionalCrossAttention, ConditionalSelfAttention
 from .deformable_attention import MultiScaleDeformableAttention
 from .losses import focal_loss, quality_focal_loss
 from .position_encoding import SinePositionEncoding
@@ -10,6 +11,8 @@ from .soft_nms import soft_nms
 __all__ = [
     "AttentionBlock",
     "BlockSelfAttention",
+    "ConditionalCrossAttention",
+    "ConditionalSelfAttention",
     "MultiScaleDeformableAttention",
     "SinePositionEncoding",
     "focal_loss",

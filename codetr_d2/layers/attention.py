@@ -1,4 +1,4 @@
-"""Plain self-attention over blocks of queries."""
+"""Plain attention, and self-attention over blocks of queries."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["AttentionBlock", "BlockSelfAttention"]
+__all__ = ["AttentionBlock", "BlockSelfAttention", "attend_in_blocks", "split_heads"]
 
 
 @dataclass
@@ -22,6 +22,39 @@ class AttentionBlock:
     queries: slice
     keys: slice
     mask: Tensor | None = None
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, N, C] -> [B, heads, N, C / heads]"""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: list[AttentionBlock], dropout: float) -> Tensor:
+    """Scaled dot-product attention in which every block of queries attends to its own range of keys.
+
+    Args:
+        q: [B, heads, Q, D] projected queries.
+        k, v: [B, heads, S, D] and [B, heads, S, E] projected keys and values, E at most D.
+        blocks: their queries follow each other and make up the whole sequence.
+        dropout: the probability that an attention weight is zeroed.
+
+    Returns:
+        [B, Q, heads * E]
+    """
+    width = v.shape[-1]
+    if width < k.shape[-1]:  # the fused kernels, which keep no weights, take values as wide as keys alone
+        v = F.pad(v, (0, k.shape[-1] - width))
+    attended = [
+        F.scaled_dot_product_attention(
+            q[:, :, block.queries],
+            k[:, :, block.keys],
+            v[:, :, block.keys],
+            attn_mask=block.mask,
+            dropout_p=dropout,
+        )
+        for block in blocks
+    ]
+    return torch.cat(attended, dim=2)[..., :width].transpose(1, 2).flatten(2)
 
 
 class BlockSelfAttention(nn.Module):
@@ -60,19 +93,5 @@ class BlockSelfAttention(nn.Module):
         embed_dim = x.shape[-1]
         query_key = F.linear(x + position, self.in_proj_weight[: 2 * embed_dim], self.in_proj_bias[: 2 * embed_dim])
         value = F.linear(x, self.in_proj_weight[2 * embed_dim :], self.in_proj_bias[2 * embed_dim :])
-        # [B, Q, 3C] -> 3 of [B, heads, Q, C / heads]
-        q, k, v = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (*query_key.chunk(2, dim=-1), value)
-        )
-        dropout = self.dropout if self.training else 0.0
-        attended = [
-            F.scaled_dot_product_attention(
-                q[:, :, block.queries],
-                k[:, :, block.keys],
-                v[:, :, block.keys],
-                attn_mask=block.mask,
-                dropout_p=dropout,
-            )
-            for block in blocks
-        ]
-        return self.out_proj(torch.cat(attended, dim=2).transpose(1, 2).flatten(2))
+        q, k, v = (split_heads(part, self.num_heads) for part in (*query_key.chunk(2, dim=-1), value))
+        return self.out_proj(attend_in_blocks(q, k, v, blocks, self.dropout if self.training else 0.0))

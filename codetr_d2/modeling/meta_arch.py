@@ -15,10 +15,11 @@ from .. import ops
 from ..errors import InputError
 from ..option_checks import one_of, positive, within
 from .auxiliary import AUX_HEAD_REGISTRY, auxiliary_head_names, build_auxiliary_head
+from .auxiliary_pyramid import auxiliary_level_class
 from .backbones.resnet import CheckpointedResNet
 from .facts import check_options, under
 from .masks.refine import RefineMaskHead
-from .neck import ChannelMapper, ConvGN
+from .neck import ChannelMapper
 from .postprocess import detections_from_queries
 from .pyramid import FeaturePyramid, build_pyramid
 from .query_heads import QUERY_HEAD_REGISTRY
@@ -66,6 +67,7 @@ class CoDETR(nn.Module):
     OPTIONS_OF_NAMES = {
         "backbone": "MODEL.BACKBONE.NAME and its depth",
         "neck": "MODEL.CODETR.IN_FEATURES and NUM_FEATURE_LEVELS",
+        "auxiliary_level": "MODEL.CODETR.NUM_FEATURE_LEVELS",
         "": "MODEL.CODETR.QUERY_HEAD",
     }
     OPTIONAL_PARTS = {
@@ -154,8 +156,7 @@ class CoDETR(nn.Module):
         self.query_head = query_head
         self.auxiliary_heads = nn.ModuleDict(auxiliary_heads)
         if auxiliary_heads:
-            # One more, coarser level that only the auxiliary heads see.
-            self.auxiliary_level = ConvGN(query_head.embed_dim, query_head.embed_dim, 3, stride=2, bias=True)
+            self.auxiliary_level = auxiliary_level_class(len(strides))(query_head.embed_dim)
             if auxiliary_weight == 0:
                 for module in (self.auxiliary_heads, self.auxiliary_level):
                     module.requires_grad_(False)
@@ -198,7 +199,9 @@ class CoDETR(nn.Module):
                 f"MODEL.CODETR.CANVAS_SIZE is {options.CANVAS_SIZE}, but {cfg.MODEL.BACKBONE.NAME} (and "
                 f"MODEL.CODETR.SIZE_DIVISIBILITY) ask for a multiple of {size_divisibility}"
             )
-        level_shapes = [ShapeSpec(channels=options.EMBED_DIM, stride=stride) for stride in [*strides, 2 * strides[-1]]]
+        auxiliary_strides = auxiliary_level_class(len(strides)).strides(strides)
+        auxiliary_shapes = [ShapeSpec(channels=options.EMBED_DIM, stride=stride) for stride in auxiliary_strides]
+        level_shapes = [ShapeSpec(channels=options.EMBED_DIM, stride=stride) for stride in strides]
         return {
             "backbone": backbone,
             "in_features": options.IN_FEATURES,
@@ -206,12 +209,12 @@ class CoDETR(nn.Module):
             "strides": strides,
             "query_head": QUERY_HEAD_REGISTRY.get(options.QUERY_HEAD)(cfg),
             "auxiliary_heads": {
-                name: build_auxiliary_head(kind, cfg, level_shapes)
+                name: build_auxiliary_head(kind, cfg, auxiliary_shapes)
                 for name, kind in zip(auxiliary_head_names(options.AUX_HEADS), options.AUX_HEADS)
             },
             "auxiliary_weight": options.LAMBDA2 * options.DECODER.NUM_LAYERS,
             "eval_head": options.EVAL_HEAD,
-            "mask_head": RefineMaskHead(cfg, level_shapes[:-1]) if mask_kind == "refine" else None,
+            "mask_head": RefineMaskHead(cfg, level_shapes) if mask_kind == "refine" else None,
             "roi_masks": mask_kind == "roi",
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -293,7 +296,7 @@ class CoDETR(nn.Module):
         if self.mask_head is not None:
             results = self.mask_head.inference(memory, results)
         elif self.roi_masks:
-            results = self.auxiliary_heads["roi"].predict_masks(memory, results)
+            results = self.auxiliary_heads["roi"].predict_masks(self.auxiliary_pyramid(memory), results)
         return [{"instances": rescale(result, x)} for result, x in zip(results, batched_inputs)]
 
     def inference(self, images: ImageList, batched_inputs: list[dict]) -> list[dict]:
@@ -341,8 +344,8 @@ class CoDETR(nn.Module):
         return ImageList.from_tensors(images, padding_constraints=constraints)
 
     def auxiliary_pyramid(self, memory: FeaturePyramid) -> FeaturePyramid:
-        """The encoder's output with one coarser level more."""
-        return memory.with_coarser_level(self.auxiliary_level(memory.maps()[-1]))
+        """The encoder's output with the levels that the auxiliary heads alone see."""
+        return self.auxiliary_level(memory)
 
 
 def map_layout(device: torch.device) -> torch.memory_format:

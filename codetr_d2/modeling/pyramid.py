@@ -58,19 +58,15 @@ class Geometry:
             device: of the tensors.
         """
         unit = size_divisibility
-        padding = []
-        for axis in (0, 1):
-            sizes = torch.tensor([size[axis] for size in image_sizes], device=device)
-            in_pixels = torch.arange(batch_shape[axis], device=device) >= sizes[:, None]  # [B, height or width]
-            padding.append([_resize(in_pixels, shape[axis]) for shape in shapes])
+        rows, columns = _padding(image_sizes, batch_shape, shapes, device)
         return cls(
             shapes=list(shapes),
             strides=list(strides),
             image_sizes=list(image_sizes),
             batch_shape=batch_shape,
             padded_sizes=[(math.ceil(h / unit) * unit, math.ceil(w / unit) * unit) for h, w in image_sizes],
-            row_padding=padding[0],
-            column_padding=padding[1],
+            row_padding=rows,
+            column_padding=columns,
         )
 
     def with_coarser_level(self, shape: tuple[int, int]) -> "Geometry":
@@ -81,6 +77,14 @@ class Geometry:
             strides=[*self.strides, 2 * self.strides[-1]],
             row_padding=[*self.row_padding, _resize(self.row_padding[-1], shape[0])],
             column_padding=[*self.column_padding, _resize(self.column_padding[-1], shape[1])],
+        )
+
+    def with_levels(self, shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> "Geometry":
+        """The same images on other levels, as :meth:`build` makes them."""
+        device = self.row_padding[0].device
+        rows, columns = _padding(self.image_sizes, self.batch_shape, shapes, device)
+        return dataclasses.replace(
+            self, shapes=list(shapes), strides=list(strides), row_padding=rows, column_padding=columns
         )
 
     @property
@@ -165,6 +169,11 @@ class FeaturePyramid:
         # In this order the strides are those of channels last for a single image too, and convolutions take it as such.
         return [x.unflatten(1, shape).permute(0, 3, 1, 2) for x, shape in zip(levels, self.geometry.shapes)]
 
+    def with_levels(self, levels: list[Tensor], strides: Sequence[int]) -> "FeaturePyramid":
+        """Other levels of the same images: maps [B, C, height, width] from fine to coarse, and their strides."""
+        shapes = [tuple(x.shape[-2:]) for x in levels]
+        return FeaturePyramid(_tokens(levels), self.geometry.with_levels(shapes, strides))
+
     def with_coarser_level(self, coarsest: Tensor) -> "FeaturePyramid":
         """The pyramid with one level more: [B, C, height, width] features of twice the coarsest stride."""
         tokens = torch.cat((self.tokens, coarsest.flatten(2).transpose(1, 2)), dim=1)
@@ -181,7 +190,27 @@ def build_pyramid(
     """Flatten feature maps [B, C, height, width], from fine to coarse. Other arguments: see :meth:`Geometry.build`."""
     shapes = [tuple(x.shape[-2:]) for x in levels]
     geometry = Geometry.build(shapes, strides, image_sizes, batch_shape, size_divisibility, levels[0].device)
-    return FeaturePyramid(torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1), geometry)
+    return FeaturePyramid(_tokens(levels), geometry)
+
+
+def _tokens(levels: list[Tensor]) -> Tensor:
+    """Maps [B, C, height, width] -> [B, S, C]."""
+    return torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1)
+
+
+def _padding(
+    image_sizes: Sequence[tuple[int, int]],
+    batch_shape: tuple[int, int],
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device | str,
+) -> list[list[Tensor]]:
+    """For rows and for columns the padding of each level, [B, height] and [B, width] bool."""
+    padding = []
+    for axis in (0, 1):
+        sizes = torch.tensor([size[axis] for size in image_sizes], device=device)
+        in_pixels = torch.arange(batch_shape[axis], device=device) >= sizes[:, None]  # [B, height or width]
+        padding.append([_resize(in_pixels, shape[axis]) for shape in shapes])
+    return padding
 
 
 def _resize(padding: Tensor, size: int) -> Tensor:

@@ -88,7 +88,8 @@ class QueryGroup:
     Attributes:
         name: suffix of its losses: "" for the matching queries, "_dn", "_aux_roi", "_aux_atss", ...
         content: [B, Q, C] content embeddings.
-        reference_boxes: [B, Q, 4] initial boxes, cxcywh normalised by the image size. They carry no gradient.
+        reference_boxes: [B, Q, 4] initial boxes, cxcywh normalised by the image size. They carry no gradient, unless
+            they are learned of themselves.
         position: [B, Q, C] position embeddings, or None where the decoder computes them from the reference boxes.
         padding_mask: [B, Q] bool, True at slots that hold no query (they are attended by no query and have no loss).
         attention_mask: [Q, Q] bool, True where the query of the row may attend to that of the column; None: anywhere.

@@ -99,6 +99,11 @@ VIT = [
     [
         (["MODEL.CODETR.AUX_HEADS", "['roi', 'yolo']"], 1, r"AUX_HEADS is 'yolo'; it may be: .*atss"),
         (["MODEL.CODETR.QUERY_HEAD", "DETR"], 1, r"QUERY_HEAD.*CoDeformableDETRHead"),
+        (
+            ["MODEL.CODETR.QUERY_HEAD", "DABDETRHead"],
+            1,
+            r"FEATURE_LEVELS is 4, but DABDETRHead .*set it to 1.*one feature$",
+        ),
         (["MODEL.CODETR.EVAL_HEAD", "atss", "MODEL.CODETR.AUX_HEADS", "['roi']"], 1, r"EVAL_HEAD.*may be: detr, roi$"),
         (["MODEL.CODETR.POSITIVE_QUERIES.PADDING", "zeros"], 1, r"PADDING.*negatives, mask"),
         (["MODEL.CODETR.EMBED_DIM", "100"], 1, r"EMBED_DIM is 100.*ENCODER\.NUM_HEADS \(8\)"),

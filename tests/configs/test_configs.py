@@ -17,7 +17,10 @@ STEPS = [
     "co_deformable_detr_swin_tiny_1x_coco",
     "deformable_detr_r50_1x_coco",
     "co_dino_5scale_lsj_r50_1x_coco",
+    "co_conditional_detr_dc5_r50_3x_coco",
+    "co_dab_detr_k1_atss_dc5_r50_3x_coco",
 ]
+WITHOUT_PUBLISHED_MODEL = ("quick_start", "conditional_detr", "dab_detr")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +48,12 @@ def test_number_of_parameters(tool, read, path):
     assert all(parameter.is_meta for parameter in model.parameters())
     counts = tool.count_parameters(model)
     assert counts == tool.COUNTS.get(path.stem, counts)
-    assert (path.stem in tool.COUNTS) == (path.parent.name != "quick_start")
+    assert (path.stem in tool.COUNTS) == (path.parent.name not in WITHOUT_PUBLISHED_MODEL)
+    if "_dc5_" in path.stem:  # its last stage is dilated instead of strided
+        assert model.strides == [16] and model.backbone.res5[0].conv2.dilation == (2, 2)
     untrained = {".".join(name.split(".")[:2]) for name, p in model.named_parameters() if not p.requires_grad}
+    if cfg.MODEL.CODETR.IN_FEATURES == ["stride16"]:  # timm's EfficientNet has layers behind it
+        untrained -= {"backbone.model"}
     # As published: of a ResNet all but the stem and the first stage is trained, of other models everything.
     expected = {"backbone.stem", "backbone.res2"} if "_r50_" in path.stem else set()
     if cfg.MODEL.CODETR.LAMBDA2 == 0:

@@ -1,7 +1,9 @@
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from codetr_d2.layers import AttentionBlock, BlockSelfAttention
+from codetr_d2.layers.attention import attend_in_blocks
 
 
 def block(start: int, stop: int, mask=None, context: int = 0) -> AttentionBlock:
@@ -44,3 +46,11 @@ def test_one_way_context():
     mask[:5, 5:] = False
     expected = attention(x, position, [block(0, 8, mask)])
     torch.testing.assert_close(attention(x, position, [block(0, 5), block(5, 8, context=5)]), expected)
+
+
+def test_values_narrower_than_keys():
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 3)
+    mask = torch.rand(2, 1, 1, 9) > 0.3
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    output = attend_in_blocks(q, k, v, [AttentionBlock(slice(None), slice(None), mask)], dropout=0.0)
+    torch.testing.assert_close(output, expected)

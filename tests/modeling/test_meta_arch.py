@@ -6,6 +6,7 @@ from detectron2.structures import BitMasks, PolygonMasks
 
 from codetr_d2.errors import InputError
 from codetr_d2.modeling.auxiliary import auxiliary_head_names
+from codetr_d2.modeling.query_heads import QUERY_HEAD_REGISTRY
 from tests.small_model import build, make_batch, train_step
 
 
@@ -24,7 +25,7 @@ def test_every_parameter_is_trained(query_head, aux_heads, num_objects):
     assert not missing
 
 
-@pytest.mark.parametrize("query_head", ["CoDeformableDETRHead", "CoDINOHead"])
+@pytest.mark.parametrize("query_head", [name for name, _ in QUERY_HEAD_REGISTRY])
 def test_auxiliary_heads_leave_the_detector_as_it_is(query_head):
     """K = 0 with the weights of K = 2: the same losses of the detector itself, and the same detections."""
     torch.manual_seed(1)
@@ -253,24 +254,30 @@ def add_masks(batch: list[dict]) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("mask_head, aux_heads", [("roi", ("roi", "atss")), ("refine", ("roi",)), ("refine", ())])
 @pytest.mark.parametrize("num_objects", [(3, 1), (0, 2), (0, 0)])
-def test_masks_are_trained(mask_head, aux_heads, num_objects):
-    model = build("MODEL.MASK_ON", True, "MODEL.CODETR.MASK_HEAD", mask_head, aux_heads=aux_heads)
+@pytest.mark.parametrize("query_head", ["CoDeformableDETRHead", "ConditionalDETRHead"])
+def test_masks_are_trained(query_head, mask_head, aux_heads, num_objects):
+    options = ("MODEL.CODETR.QUERY_HEAD", query_head, "MODEL.CODETR.MASK_HEAD", mask_head)
+    model = build("MODEL.MASK_ON", True, *options, aux_heads=aux_heads)
     losses = train_step(model, add_masks(make_batch(*num_objects)))
     names = {x for x in losses if "mask" in x}
     expected = {f"loss_mask_{x}" for x in (14, 28, 56, 112, "iou")} if mask_head == "refine" else {"loss_mask_roi"}
     assert names == expected
     assert all(torch.isfinite(x) for x in losses.values())
     assert any(losses[x] > 0 for x in names) == any(num_objects)
-    missing = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    missing = [n for n, p in trained if p.grad is None or not torch.isfinite(p.grad).all()]
     assert not missing
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask_head", ["roi", "refine"])
-@pytest.mark.parametrize("eval_head", ["detr", "roi", "atss"])
-def test_masks_of_the_detections_of_each_head(mask_head, eval_head):
+@pytest.mark.parametrize(
+    "query_head, eval_head",
+    [*(("CoDeformableDETRHead", x) for x in ("detr", "roi", "atss")), ("DABDETRHead", "detr"), ("DABDETRHead", "roi")],
+)
+def test_masks_of_the_detections_of_each_head(mask_head, query_head, eval_head):
     options = ("MODEL.MASK_ON", True, "MODEL.CODETR.MASK_HEAD", mask_head, "MODEL.CODETR.EVAL_HEAD", eval_head)
-    model = build(*options).eval()
+    model = build("MODEL.CODETR.QUERY_HEAD", query_head, *options).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".mask_head.predictor.bias" in name or "stage_instance_logits" in name and "bias" in name:

@@ -2,16 +2,18 @@
 
 import copy
 import io
+import itertools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from codetr_d2.modeling.query_heads import QUERY_HEAD_REGISTRY
 from codetr_d2.ops import cpu_memory
 from tests.small_model import build, make_batch, train_step
 
-both_heads = pytest.mark.parametrize("query_head", ["CoDeformableDETRHead", "CoDINOHead"])
+every_head = pytest.mark.parametrize("query_head", [name for name, _ in QUERY_HEAD_REGISTRY])
 
 
 def detect(model, batch) -> list[torch.Tensor]:
@@ -27,7 +29,7 @@ def assert_equal(ours, expected):
         assert torch.equal(x, y)
 
 
-@both_heads
+@every_head
 def test_trains_after_inference_mode(query_head):
     """At the same size: tensors of inference mode must not be met again by autograd."""
     model = build("MODEL.CODETR.QUERY_HEAD", query_head)
@@ -40,7 +42,7 @@ def test_trains_after_inference_mode(query_head):
         assert torch.equal(value, expected[name]), name
 
 
-@both_heads
+@every_head
 def test_copies_of_a_used_model(query_head):
     model = build("MODEL.CODETR.QUERY_HEAD", query_head)
     batch = make_batch(2, 1)
@@ -58,7 +60,7 @@ def test_copies_of_a_used_model(query_head):
         assert all(torch.isfinite(x) for x in train_step(other, batch).values())
 
 
-@both_heads
+@every_head
 def test_threads(query_head):
     """One model that several threads ask at once, for images of several sizes."""
     model = build("MODEL.CODETR.QUERY_HEAD", query_head).eval()
@@ -69,7 +71,7 @@ def test_threads(query_head):
             assert_equal(ours, theirs)
 
 
-@both_heads
+@every_head
 def test_raw_predictions_are_those_of_inference(query_head):
     model = build("MODEL.CODETR.QUERY_HEAD", query_head).eval()
     batch = make_batch(0)
@@ -94,8 +96,11 @@ class _Core(torch.nn.Module):
 
 
 @pytest.mark.slow
-@both_heads
-@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize(
+    "query_head, backend",
+    [*itertools.product(["CoDeformableDETRHead", "CoDINOHead"], ["auto", "eager"])]
+    + [(name, "auto") for name in ("ConditionalDETRHead", "DABDETRHead")],
+)
 def test_export_of_the_whole_model(query_head, backend):
     """torch.export at one size of images: nothing reads a number from a tensor."""
     model = build("MODEL.CODETR.QUERY_HEAD", query_head, "MODEL.MS_DEFORM_ATTN", backend).eval()

@@ -117,16 +117,17 @@ def test_each_picture_is_drawn_once_where_there_are_few(quick_start, make_run, m
         assert [file.rsplit("/", 1)[1] for file in files] == drawn
 
 
-def test_other_model(quick_start, monkeypatch, tmp_path):
+@pytest.mark.parametrize("model", ["co_dino", "co_conditional_detr", "co_dab_detr"])
+def test_other_model(quick_start, monkeypatch, tmp_path, model):
     """The config of the model, and no training where there is none."""
     quick_start.subprocess.run = lambda command: quick_start.commands.append(command) or SimpleNamespace(returncode=2)
     with pytest.raises(SystemExit, match="exit code 2"):
-        run_main(quick_start, monkeypatch, "--model", "co_dino", "--output", tmp_path / "output")
+        run_main(quick_start, monkeypatch, "--model", model, "--output", tmp_path / "output")
     command = quick_start.commands[0]
     config_file = command[command.index("--config-file") + 1]
-    assert "co_dino_" in config_file and (quick_start.ROOT / config_file).is_file()
-    monkeypatch.setattr(sys, "argv", ["quick_start.py", "trees", "--model", "co_dino"])
-    with pytest.raises(InputError, match="--model co_dino: there is no .*trees.yaml"):
+    assert f"{model}_" in config_file and (quick_start.ROOT / config_file).is_file()
+    monkeypatch.setattr(sys, "argv", ["quick_start.py", "trees", "--model", model])
+    with pytest.raises(InputError, match=f"--model {model}: there is no .*trees.yaml"):
         quick_start.main()
 
 

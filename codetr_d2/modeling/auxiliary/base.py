@@ -64,7 +64,8 @@ class AuxiliaryHead(nn.Module):
     detector's own inference never runs it (but for the masks of the ROI head's branch, where it has one);
     :meth:`inference` serves the evaluation of the branch by itself.
 
-    The pyramid that it reads is the encoder's output with one coarser level appended.
+    The pyramid that it reads is the encoder's output with one coarser level appended, or five levels that are made of
+    an encoder's single one.
 
     Source: paper, section 3.2, equations 1 to 3.
     """

@@ -434,15 +434,15 @@ class ROIHead(AuxiliaryHead):
         return self.roi_heads._forward_box(features, proposals)  # masks are the caller's to ask for
 
     @torch.no_grad()
-    def predict_masks(self, memory: FeaturePyramid, detections: list[Instances]) -> list[Instances]:
+    def predict_masks(self, pyramid: FeaturePyramid, detections: list[Instances]) -> list[Instances]:
         """Add the masks of any detections, in eval mode.
 
         Args:
-            memory: the encoder's output, which lacks the coarsest level of the head's pyramid: masks don't use it.
+            pyramid: features of B images; masks don't use the coarsest level.
             detections: of each image, ``pred_boxes`` (xyxy pixels of the network input) and ``pred_classes``.
 
         Returns:
             The detections with ``pred_masks``, [N, 1, M, M] probabilities inside the boxes.
         """
-        _, features = self._inputs(memory)
+        _, features = self._inputs(pyramid)
         return self.roi_heads.forward_with_given_boxes(features, detections)

@@ -89,6 +89,10 @@ class TimmBackbone(Backbone):
             self.model = freeze_batch_norm_2d(self.model)
         if freeze_at > 0:
             _freeze(self.model, _first_parameters(name, freeze_at))
+        if max(indices) < len(index) - 1:
+            unused = _parameters_without_gradient(name, indices, options)
+            for parameter_name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and parameter_name not in unused)
         if activation_checkpointing:
             if not hasattr(self.model, "set_grad_checkpointing"):
                 raise InputError(f"MODEL.TIMM.ACTIVATION_CHECKPOINTING: timm has none for {name}; set it to False.")
@@ -152,6 +156,15 @@ def _freeze(model: nn.Module, names: set[str]) -> None:
     ]
     if norms:  # none would mean all to timm
         freeze(model, norms)
+
+
+@torch.enable_grad()
+def _parameters_without_gradient(name: str, indices: list[int], options: dict[str, object]) -> set[str]:
+    """Names of the parameters of the layers behind the last feature, which some models keep."""
+    model = _on_meta(name, out_indices=indices, **options)
+    image = torch.zeros(1, options["in_chans"], 96, 160, device="meta")
+    sum(feature.sum() for feature in _feature_maps(model, image)).backward()
+    return {parameter_name for parameter_name, parameter in model.named_parameters() if parameter.grad is None}
 
 
 @torch.no_grad()

@@ -1,18 +1,23 @@
 """What every query head has in common (queries, decoder, losses, detections), and their registry."""
 
 import dataclasses
+import math
 
+from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
 from torch import nn
 
+from ...option_checks import divisible, one_of, option, positive, within
+from ..assigners.hungarian import HungarianMatcher
+from ..auxiliary import auxiliary_head_names
 from ..criterion import SetCriterion
 from ..postprocess import detections_from_queries
 from ..pyramid import FeaturePyramid
 from ..queries import PositiveQueries
 from ..structures import DecoderOutput, PositiveSamples, QueryGroup, Targets
 
-__all__ = ["QUERY_HEAD_REGISTRY", "QueryHead"]
+__all__ = ["QUERY_HEAD_REGISTRY", "QueryHead", "query_head_arguments"]
 
 QUERY_HEAD_REGISTRY = Registry("QUERY_HEAD")
 QUERY_HEAD_REGISTRY.__doc__ = """
@@ -73,6 +78,21 @@ class QueryHead(nn.Module):
         self.soft_nms_thresh = soft_nms_thresh
         self.positive_weight = positive_weight
 
+    @classmethod
+    def check_options(cls, cfg: CfgNode) -> None:
+        """Check what every query head here is built from; a subclass adds its own."""
+        dim = cfg.MODEL.CODETR.EMBED_DIM
+        positive(cfg, "MODEL.CODETR.NUM_QUERIES", "MODEL.CODETR.EMBED_DIM")
+        for part in ("MODEL.CODETR.ENCODER", "MODEL.CODETR.DECODER"):
+            positive(cfg, *(f"{part}.{x}" for x in ("NUM_LAYERS", "NUM_HEADS", "FFN_DIM")))
+            divisible("MODEL.CODETR.EMBED_DIM", dim, option(cfg, f"{part}.NUM_HEADS"), f"{part}.NUM_HEADS")
+            within(cfg, 0, 1, f"{part}.DROPOUT")
+        divisible("MODEL.CODETR.EMBED_DIM", dim, 4, "the sine and cosine of two coordinates")
+        one_of(cfg, "MODEL.CODETR.POSITIVE_QUERIES.PADDING", ["negatives", "mask"])
+        positive(cfg, *(f"MODEL.CODETR.POSITIVE_QUERIES.{x}" for x in ("MAX_PER_HEAD", "MIN_PER_HEAD")))
+        within(cfg, 0, math.inf, "MODEL.CODETR.LAMBDA1")
+        within(cfg, 0, 1, "MODEL.CODETR.SOFT_NMS_THRESH")
+
     def encode(self, pyramid: FeaturePyramid) -> FeaturePyramid:
         """The neck's output -> the encoder's output, which the auxiliary heads read too."""
         raise NotImplementedError
@@ -131,3 +151,35 @@ class QueryHead(nn.Module):
     def inference(self, memory: FeaturePyramid) -> list[Instances]:
         """The detections of each image, in pixels of the network input."""
         return self.finish(self.predict(memory), memory)
+
+
+def query_head_arguments(cfg: CfgNode, *, criterion: dict, content_only: bool) -> dict:
+    """What the config says of any query head, as arguments of :class:`QueryHead`, but for encoder and decoder.
+
+    Args:
+        cfg: the config.
+        criterion: further arguments of :class:`SetCriterion`, in which the query heads differ.
+        content_only: see :class:`PositiveQueries`.
+    """
+    options = cfg.MODEL.CODETR
+    dim, num_classes, positives = options.EMBED_DIM, options.NUM_CLASSES, options.POSITIVE_QUERIES
+    return {
+        "positive_queries": {
+            name: PositiveQueries(
+                dim, num_classes, positives.MAX_PER_HEAD, positives.MIN_PER_HEAD, positives.PADDING, content_only
+            )
+            for name in auxiliary_head_names(options.AUX_HEADS if positives.ENABLED else [])
+        },
+        "criterion": SetCriterion(
+            num_classes,
+            HungarianMatcher(options.COST_CLS, options.COST_BOX, options.COST_GIOU),
+            weight_cls=options.LOSS_CLS,
+            weight_box=options.LOSS_BOX,
+            weight_giou=options.LOSS_GIOU,
+            **criterion,
+        ),
+        "embed_dim": dim,
+        "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        "soft_nms_thresh": options.SOFT_NMS_THRESH,
+        "positive_weight": options.LAMBDA1,
+    }

@@ -10,7 +10,7 @@ from ..facts import ClassRows
 from ..queries import gather_tokens
 from ..structures import DecoderOutput, EncoderProposals, QueryGroup
 from .base import QUERY_HEAD_REGISTRY
-from .two_stage import TwoStageQueryHead, query_head_arguments
+from .two_stage import TwoStageQueryHead, two_stage_arguments
 
 __all__ = ["CoDeformableDETRHead"]
 
@@ -41,7 +41,7 @@ class CoDeformableDETRHead(TwoStageQueryHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        return query_head_arguments(
+        return two_stage_arguments(
             cfg,
             position_encoding=SinePositionEncoding(cfg.MODEL.CODETR.EMBED_DIM, temperature=10000.0, offset=-0.5),
             decoder={"reference_eps": 1e-5},

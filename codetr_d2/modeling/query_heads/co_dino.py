@@ -10,7 +10,7 @@ from ...option_checks import within
 from ..queries import ContrastiveDenoising, gather_tokens
 from ..structures import DecoderOutput, EncoderProposals, QueryGroup, Targets
 from .base import QUERY_HEAD_REGISTRY
-from .two_stage import TwoStageQueryHead, query_head_arguments
+from .two_stage import TwoStageQueryHead, two_stage_arguments
 
 __all__ = ["CoDINOHead"]
 
@@ -66,7 +66,7 @@ class CoDINOHead(TwoStageQueryHead):
                 options.DENOISING.LABEL_NOISE,
                 options.DENOISING.BOX_NOISE,
             )
-        arguments = query_head_arguments(
+        arguments = two_stage_arguments(
             cfg,
             position_encoding=SinePositionEncoding(options.EMBED_DIM, temperature=20.0, offset=0.0),
             decoder={"position_from_boxes": True, "final_norm": True, "reference_eps": REFERENCE_EPS},

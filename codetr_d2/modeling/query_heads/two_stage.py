@@ -1,24 +1,19 @@
 """What two-stage deformable query heads have in common: the encoder, proposals at its tokens, mixed selection."""
 
-import math
-
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from ...layers import SinePositionEncoding
-from ...option_checks import divisible, one_of, option, positive, within
-from ..assigners.hungarian import HungarianMatcher
-from ..auxiliary import auxiliary_head_names
-from ..criterion import SetCriterion
+from ...option_checks import positive
 from ..facts import ClassRows, under
 from ..pyramid import FeaturePyramid
 from ..queries import PositiveQueries, TwoStageProposals
 from ..structures import DecoderOutput, EncoderProposals, QueryGroup
 from ..transformer import DeformableDecoder, DeformableEncoder
-from .base import QueryHead
+from .base import QueryHead, query_head_arguments
 
-__all__ = ["TwoStageQueryHead", "query_head_arguments"]
+__all__ = ["TwoStageQueryHead", "two_stage_arguments"]
 
 
 class TwoStageQueryHead(QueryHead):
@@ -59,17 +54,8 @@ class TwoStageQueryHead(QueryHead):
 
     @classmethod
     def check_options(cls, cfg: CfgNode) -> None:
-        dim = cfg.MODEL.CODETR.EMBED_DIM
-        positive(cfg, "MODEL.CODETR.NUM_QUERIES", "MODEL.CODETR.EMBED_DIM")
-        for part in ("MODEL.CODETR.ENCODER", "MODEL.CODETR.DECODER"):
-            positive(cfg, *(f"{part}.{x}" for x in ("NUM_LAYERS", "NUM_HEADS", "NUM_POINTS", "FFN_DIM")))
-            divisible("MODEL.CODETR.EMBED_DIM", dim, option(cfg, f"{part}.NUM_HEADS"), f"{part}.NUM_HEADS")
-            within(cfg, 0, 1, f"{part}.DROPOUT")
-        divisible("MODEL.CODETR.EMBED_DIM", dim, 4, "the sine and cosine of two coordinates")
-        one_of(cfg, "MODEL.CODETR.POSITIVE_QUERIES.PADDING", ["negatives", "mask"])
-        positive(cfg, *(f"MODEL.CODETR.POSITIVE_QUERIES.{x}" for x in ("MAX_PER_HEAD", "MIN_PER_HEAD")))
-        within(cfg, 0, math.inf, "MODEL.CODETR.LAMBDA1")
-        within(cfg, 0, 1, "MODEL.CODETR.SOFT_NMS_THRESH")
+        super().check_options(cfg)
+        positive(cfg, "MODEL.CODETR.ENCODER.NUM_POINTS", "MODEL.CODETR.DECODER.NUM_POINTS")
 
     def class_rows(self) -> dict[str, ClassRows]:
         return {"proposals.class_embed": ClassRows()}
@@ -123,10 +109,10 @@ class TwoStageQueryHead(QueryHead):
         raise NotImplementedError
 
 
-def query_head_arguments(
+def two_stage_arguments(
     cfg: CfgNode, *, position_encoding: SinePositionEncoding, decoder: dict, criterion: dict, content_only: bool
 ) -> dict:
-    """What the config says of any query head, as arguments of :class:`TwoStageQueryHead`.
+    """What the config says of any two-stage query head, as arguments of :class:`TwoStageQueryHead`.
 
     Args:
         cfg: the config.
@@ -135,11 +121,10 @@ def query_head_arguments(
         content_only: see :class:`PositiveQueries`.
     """
     options = cfg.MODEL.CODETR
-    dim, num_classes = options.EMBED_DIM, options.NUM_CLASSES
 
     def transformer_args(part: CfgNode) -> dict:
         return {
-            "embed_dim": dim,
+            "embed_dim": options.EMBED_DIM,
             "num_layers": part.NUM_LAYERS,
             "num_heads": part.NUM_HEADS,
             "num_levels": options.NUM_FEATURE_LEVELS,
@@ -150,29 +135,11 @@ def query_head_arguments(
             "backend": cfg.MODEL.MS_DEFORM_ATTN,
         }
 
-    positives = options.POSITIVE_QUERIES
     return {
         "encoder": DeformableEncoder(**transformer_args(options.ENCODER)),
-        "decoder": DeformableDecoder(num_classes=num_classes, **transformer_args(options.DECODER), **decoder),
+        "decoder": DeformableDecoder(num_classes=options.NUM_CLASSES, **transformer_args(options.DECODER), **decoder),
         "position_encoding": position_encoding,
-        "proposals": TwoStageProposals(dim, num_classes),
-        "positive_queries": {
-            name: PositiveQueries(
-                dim, num_classes, positives.MAX_PER_HEAD, positives.MIN_PER_HEAD, positives.PADDING, content_only
-            )
-            for name in auxiliary_head_names(options.AUX_HEADS if positives.ENABLED else [])
-        },
-        "criterion": SetCriterion(
-            num_classes,
-            HungarianMatcher(options.COST_CLS, options.COST_BOX, options.COST_GIOU),
-            weight_cls=options.LOSS_CLS,
-            weight_box=options.LOSS_BOX,
-            weight_giou=options.LOSS_GIOU,
-            **criterion,
-        ),
-        "embed_dim": dim,
+        "proposals": TwoStageProposals(options.EMBED_DIM, options.NUM_CLASSES),
         "num_queries": options.NUM_QUERIES,
-        "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-        "soft_nms_thresh": options.SOFT_NMS_THRESH,
-        "positive_weight": options.LAMBDA1,
+        **query_head_arguments(cfg, criterion=criterion, content_only=content_only),
     }

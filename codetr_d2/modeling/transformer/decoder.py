@@ -17,9 +17,9 @@ from ...layers import (
 from ..facts import ClassRows
 from ..pyramid import FeaturePyramid
 from ..structures import DecoderOutput, QueryGroup
-from .encoder import FeedForward
+from .perceptrons import FeedForward, box_branch, class_branch, perceptron
 
-__all__ = ["DeformableDecoder", "DeformableDecoderLayer"]
+__all__ = ["DeformableDecoder", "DeformableDecoderLayer", "attention_blocks"]
 
 
 class DeformableDecoderLayer(nn.Module):
@@ -125,12 +125,7 @@ class DeformableDecoder(nn.Module):
         self.norm = nn.LayerNorm(embed_dim) if final_norm else None
         self.position_head = None
         if position_from_boxes:
-            self.position_head = nn.Sequential(
-                nn.Linear(2 * embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim)
-            )
-            for linear in self.position_head[::2]:
-                nn.init.xavier_uniform_(linear.weight)
-                nn.init.zeros_(linear.bias)
+            self.position_head = perceptron(2 * embed_dim, embed_dim, embed_dim)
         self.activation_checkpointing = activation_checkpointing
 
     def forward(self, groups: list[QueryGroup], pyramid: FeaturePyramid) -> list[DecoderOutput]:
@@ -208,20 +203,3 @@ def attention_mask(group: QueryGroup, context: int) -> Tensor | None:
     if group.attention_mask is not None:
         mask = group.attention_mask[None, None] if mask is None else mask & group.attention_mask
     return mask if mask is None else F.pad(mask, (context, 0), value=True)
-
-
-def class_branch(embed_dim: int, num_classes: int) -> nn.Linear:
-    """Linear classifier whose bias starts every class at a probability of 1 %."""
-    linear = nn.Linear(embed_dim, num_classes)
-    nn.init.constant_(linear.bias, -4.59511985013459)  # -log((1 - 0.01) / 0.01)
-    return linear
-
-
-def box_branch(embed_dim: int) -> nn.Sequential:
-    """Three-layer perceptron to the four box logits, which start at zero."""
-    branch = nn.Sequential(
-        nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, 4)
-    )
-    nn.init.zeros_(branch[-1].weight)
-    nn.init.zeros_(branch[-1].bias)
-    return branch

@@ -7,35 +7,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...layers import MultiScaleDeformableAttention
-from ...ops import feed_forward
 from ..pyramid import FeaturePyramid
+from .perceptrons import FeedForward
 
-__all__ = ["DeformableEncoder", "DeformableEncoderLayer", "FeedForward"]
-
-
-class FeedForward(nn.Module):
-    """Linear - ReLU - Linear, without the residual connection.
-
-    Args:
-        embed_dim: channels of input and output.
-        hidden_dim: channels in between.
-        dropout: after the activation, in training.
-    """
-
-    def __init__(self, embed_dim: int, hidden_dim: int, dropout: float = 0.0):
-        super().__init__()
-        self.linear1 = nn.Linear(embed_dim, hidden_dim)
-        self.linear2 = nn.Linear(hidden_dim, embed_dim)
-        self.dropout = nn.Dropout(dropout)
-        for linear in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., embed_dim] -> [..., embed_dim]"""
-        dropout = self.dropout.p if self.training else 0.0
-        weights = (p for layer in (self.linear1, self.linear2) for p in (layer.weight, layer.bias))
-        return feed_forward(x, *weights, dropout)
+__all__ = ["DeformableEncoder", "DeformableEncoderLayer"]
 
 
 class DeformableEncoderLayer(nn.Module):

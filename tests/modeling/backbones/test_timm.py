@@ -84,6 +84,13 @@ def test_the_first_parts_are_frozen(name, parts):
                 assert torch.equal(buffer, before[key]) == key.startswith(first), key
 
 
+@torch.no_grad()
+def test_layers_behind_the_last_feature_are_not_trained():
+    model = TimmBackbone("tf_efficientnet_lite0", ["stride8", "stride16"]).model
+    trained = {name.split(".")[1] for name, p in model.named_parameters() if "blocks" in name and p.requires_grad}
+    assert trained == {"0", "1", "2", "3", "4"} and hasattr(model.blocks, "6")
+
+
 def test_a_model_whose_stages_timm_does_not_know_is_not_frozen(monkeypatch):
     monkeypatch.delattr(timm.models.resnet.ResNet, "group_matcher")
     TimmBackbone("resnet18", ["stride8"])

@@ -16,7 +16,8 @@ every_head = pytest.mark.parametrize("query_head", [name for name, _ in QUERY_HE
 
 
 def parameters_without_gradient(module):
-    return [name for name, p in module.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    return [name for name, p in trained if p.grad is None or not torch.isfinite(p.grad).all()]
 
 
 @every_head
@@ -141,5 +142,7 @@ def test_order_of_the_parameters(query_head):
     """An optimizer's saved state goes by the order of the parameters: a run of before must find its own."""
     head = build("MODEL.CODETR.QUERY_HEAD", query_head).query_head
     order = list(dict.fromkeys(name.split(".")[0] for name, _ in head.named_parameters()))
-    expected = ["encoder", "decoder", "proposals", "positive_queries", "query_content"]
+    parts = ["encoder", "decoder", "proposals", "positive_queries"]
+    expected = [name for name in parts if getattr(head, name) is not None]
     assert order[: len(expected)] == expected
+    assert query_head not in ("CoDeformableDETRHead", "CoDINOHead") or order[4] == "query_content"

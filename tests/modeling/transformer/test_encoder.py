@@ -3,7 +3,7 @@ from torch import nn
 
 from codetr_d2.modeling.pyramid import FeaturePyramid, build_pyramid
 from codetr_d2.modeling.transformer import DeformableEncoder
-from codetr_d2.modeling.transformer.encoder import FeedForward
+from codetr_d2.modeling.transformer.perceptrons import FeedForward
 
 OPTIONS = {"embed_dim": 32, "num_layers": 2, "num_heads": 4, "num_levels": 2, "num_points": 2, "ffn_dim": 64}
 
