@@ -85,7 +85,7 @@ def test_points_in_the_padding_are_trained_as_background(cfg, input_shapes, make
     head = build_auxiliary_head("fcos", cfg, input_shapes)
     logits, *others = (torch.cat(x, dim=1) for x in zip(*head.predict(pyramid.maps())))
     levels = head.anchor_generator(pyramid.maps())
-    dense_targets = head._targets(pyramid.geometry, levels, [logits, *others], targets)
+    dense_targets = head.targets(pyramid.geometry, levels, [logits, *others], targets)
     logits = logits.detach().requires_grad_()
     head.losses([logits, *others], dense_targets)["loss_cls"].backward()
     padding = pyramid.geometry.padding_mask
