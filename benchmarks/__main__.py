@@ -5,7 +5,7 @@ python -m benchmarks op --threads 2 --output op.json     # deformable attention:
 python -m benchmarks op --device cuda --dtype bfloat16   # the same on a GPU: Triton's kernels
 python -m benchmarks inference --config-file configs/... --sizes 800x1333 --against hf
 python -m benchmarks train --config-file configs/... --sizes 480x640 --against eager+separate-passes
-python -m benchmarks train --config-file configs/... --sweep k=0,1,2,3,4,6 --output k.json   # and k.png
+python -m benchmarks train --config-file configs/... --sweep k=0,1,2,3,6 --output k.json   # and k.png
 python -m benchmarks parts --config-file configs/... --sizes 800x1333   # the roofline
 python -m benchmarks loader --config-file configs/...
 python -m benchmarks annotations   # reading an annotation file of COCO's size, and detectron2's own reader
@@ -101,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     def add_comparison(name: str, summary: str) -> argparse.ArgumentParser:
         command = add_model(name, summary)
         command.add_argument("--against", default="nothing", help="what is measured in turn; several joined by +")
-        command.add_argument("--sweep", help=f"like size=256,512,800 (squares); one of: {', '.join(SWEEPS)}")
+        command.add_argument(
+            "--sweep", help=f"like size=256,512,800 (squares) or head=atss,roi; one of: {', '.join(SWEEPS)}"
+        )
         return command
 
     inference = add_comparison("inference", "images to detections")

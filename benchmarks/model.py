@@ -42,8 +42,8 @@ __all__ = ["Case", "Runner", "benchmark_model", "build_cfg", "first_case", "pars
 
 OURS = "ours"
 WARM_UP = {"cpu": 1, "cuda": 5}  # runs that are not measured
-SWEEPS = ("size", "queries", "objects", "k", "batch")
-AUX_HEADS = ("atss", "roi", "paa", "retinanet", "fcos", "gfl")  # of a sweep over k, in the order of the paper
+SWEEPS = ("size", "queries", "objects", "k", "head", "batch")
+AUX_HEADS = ("atss", "roi", "paa", "retinanet", "fcos", "gfl")  # in the order of the paper
 
 
 @dataclass(frozen=True)
@@ -305,13 +305,17 @@ def measure(case: Case, against: list[str], repeat: int) -> dict:
     return {"size": list(case.size), "batch": case.batch, "sides": result}
 
 
-def parse_sweep(text: str) -> tuple[str, list[int]]:
-    """``size=256,512`` -> what is swept, and its values.
+def parse_sweep(text: str) -> tuple[str, list[int] | list[str]]:
+    """``size=256,512`` -> what is swept, and its values: numbers, or for ``head`` names.
 
     Raises:
         InputError: it is not of this form.
     """
     name, _, values = text.partition("=")
+    if name == "head":
+        if not set(values.split(",")) <= set(AUX_HEADS):
+            raise InputError(f"--sweep {text}: it must list some of {', '.join(AUX_HEADS)}")
+        return name, values.split(",")
     if name not in SWEEPS or not all(value.isdecimal() for value in values.split(",")):
         raise InputError(f"--sweep {text}: it must be like size=256,512,800; one of: {', '.join(SWEEPS)}")
     numbers = [int(value) for value in values.split(",")]
@@ -320,26 +324,27 @@ def parse_sweep(text: str) -> tuple[str, list[int]]:
     return name, numbers
 
 
-def swept_case(case: Case, name: str, value: int) -> Case:
+def swept_case(case: Case, name: str, value: int | str) -> Case:
     """The case with one value of a sweep.
 
     Raises:
         InputError: the config has no such thing to sweep.
     """
     cfg = case.cfg.clone()
-    if name in ("k", "objects") and not case.training:
+    if name in ("k", "head", "objects") and not case.training:
         raise InputError(f"--sweep {name}: only training depends on it; take the command train")
     if name == "size":
         return replace(case, size=(value, value))
     if name == "queries":
         cfg.MODEL.CODETR.NUM_QUERIES = value
-    elif name == "k":
+    elif name in ("k", "head"):
         if not cfg.MODEL.CODETR.AUX_HEADS:
             raise InputError(
-                "--sweep k: the config has no auxiliary heads (MODEL.CODETR.AUX_HEADS is empty); name one that "
+                f"--sweep {name}: the config has no auxiliary heads (MODEL.CODETR.AUX_HEADS is empty); name one that "
                 "describes them all"
             )
-        cfg.MODEL.CODETR.AUX_HEADS = [AUX_HEADS[i % len(AUX_HEADS)] for i in range(value)]
+        heads = [value] if name == "head" else [AUX_HEADS[i % len(AUX_HEADS)] for i in range(value)]
+        cfg.MODEL.CODETR.AUX_HEADS = heads
         check_config(cfg)
     else:
         return replace(case, **{name: value})

@@ -161,7 +161,9 @@ def test_a_sweep(in_process, tmp_path, capsys):
 def test_what_is_swept():
     case = make_case()
     assert model.parse_sweep("k=0,3") == ("k", [0, 3])
-    assert model.swept_case(case, "k", 3).cfg.MODEL.CODETR.AUX_HEADS == ["roi", "atss", "roi"]
+    assert model.swept_case(case, "k", 3).cfg.MODEL.CODETR.AUX_HEADS == ["atss", "roi", "paa"]
+    assert model.parse_sweep("head=gfl,roi") == ("head", ["gfl", "roi"])
+    assert model.swept_case(case, "head", "gfl").cfg.MODEL.CODETR.AUX_HEADS == ["gfl"]
     assert model.swept_case(case, "k", 0).cfg.MODEL.CODETR.AUX_HEADS == []
     assert model.swept_case(case, "queries", 7).cfg.MODEL.CODETR.NUM_QUERIES == 7
     assert case.cfg.MODEL.CODETR.NUM_QUERIES == 10
@@ -195,6 +197,8 @@ def test_random_objects(mask_format):
         ("inference", ["--against", "separate-passes"], "one group of queries"),
         ("inference", ["--against", "no-auxiliary-heads"], "inference has none"),
         ("inference", ["--sweep", "k=0,1"], "only training"),
+        ("inference", ["--sweep", "head=roi"], "only training"),
+        ("train", ["--sweep", "head=mask"], "some of atss, roi"),
         ("inference", ["--sweep", "colour=1"], "size, queries"),
         ("inference", ["--sweep", "size=a"], "size, queries"),
         ("inference", ["--sweep", "batch=0"], "at least 1"),
