@@ -160,11 +160,12 @@ def test_number_of_classes(name, cfg, input_shapes, make_pyramid, targets, num_c
     assert len(set(torch.cat([x.pred_classes for x in detections]).tolist())) > num_classes // 2
 
 
-def test_autocast(head, make_pyramid, targets):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(head, make_pyramid, targets, dtype):
     disturb(head)
     pyramid = make_pyramid(SIZES)
-    pyramid.tokens = pyramid.tokens.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
+    pyramid.tokens = pyramid.tokens.to(dtype)
+    with torch.autocast("cpu", dtype):
         losses, samples = train(head, pyramid, targets)
         detections = detect(head, pyramid)
     check_losses(head, losses)
