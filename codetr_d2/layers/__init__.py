@@ -7,6 +7,7 @@ from .deformable_attention import MultiScaleDeformableAttention
 from .losses import focal_loss, quality_focal_loss
 from .position_encoding import SinePositionEncoding
 from .soft_nms import soft_nms
+from .winograd import conv3x3
 
 __all__ = [
     "AttentionBlock",
@@ -15,6 +16,7 @@ __all__ = [
     "ConditionalSelfAttention",
     "MultiScaleDeformableAttention",
     "SinePositionEncoding",
+    "conv3x3",
     "focal_loss",
     "inverse_sigmoid",
     "paired_giou",

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import InputError
-from ...layers import soft_nms
+from ...layers import conv3x3, soft_nms
 from ...option_checks import option, positive, share, within
 from ..pyramid import FeaturePyramid, Geometry
 from ..structures import PositiveSamples
@@ -226,7 +226,7 @@ class DenseHead(AuxiliaryHead):
 
     def predict_classes(self, x: Tensor) -> Tensor:
         """[B, C, height, width] -> [B, N, K] class logits, float32."""
-        return _rows(_through(self.cls_tower, x, self.cls_score), self.anchors_per_cell)
+        return _rows(_through(self.cls_tower, x, partial(_convolve, self.cls_score)), self.anchors_per_cell)
 
     @torch.no_grad()
     def targets(
@@ -415,7 +415,7 @@ def _through(tower: nn.Sequential, x: Tensor, predict: Callable[[Tensor], Any]) 
 
 def _convolve(conv: Conv2d, x: Tensor) -> Tensor:
     """The convolution alone of detectron2's layer."""
-    return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+    return conv3x3(x, conv.weight, conv.bias)
 
 
 def _finish(conv: Conv2d, x: Tensor) -> Tensor:
