@@ -22,6 +22,7 @@ import torch
 from tabulate import tabulate
 
 import codetr_d2  # noqa: F401 (registers the model)
+from codetr_d2.analysis.attention import measure_attention
 from codetr_d2.analysis.discriminability import measure_discriminability
 from codetr_d2.analysis.models import ModelSpec, load_models
 from codetr_d2.errors import InputError, named_disk_problems
@@ -29,6 +30,7 @@ from codetr_d2.errors import InputError, named_disk_problems
 # By name what it is, and a function (models, number of images, output folder) -> rows of a table.
 MEASUREMENTS = {
     "discriminability": ("feature norms against objects, before and after the encoder", measure_discriminability),
+    "attention": ("the decoder's cross-attention against objects, and where queries look", measure_attention),
 }
 
 

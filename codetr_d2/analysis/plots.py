@@ -16,7 +16,19 @@ from torch import Tensor
 
 from ..errors import named_disk_problems
 
-__all__ = ["Line", "draw_boxes", "draw_lines", "draw_maps", "line_styles", "save", "show_picture", "to_rgb"]
+__all__ = [
+    "Line",
+    "Look",
+    "draw_boxes",
+    "draw_lines",
+    "draw_looks",
+    "draw_maps",
+    "line_styles",
+    "pale",
+    "save",
+    "show_picture",
+    "to_rgb",
+]
 
 DPI = 150
 TILE = 2.6  # inches that a picture in a grid is wide
@@ -37,6 +49,23 @@ def line_styles() -> Iterator[dict]:
     colours = cycle(["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9"])
     for _, colour, dashes, marker in zip(count(), colours, cycle(["-", "--", "-.", ":"]), cycle("osv^DPX*")):
         yield {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 5, "linewidth": 1.8}
+
+
+@dataclass
+class Look:
+    """Where a query looks in a picture.
+
+    Attributes:
+        score: of its detection.
+        box: [1, 4] xyxy in pixels of the picture.
+        points: [N, 2] (x, y) in pixels of the picture.
+        weights: [N] what each of them counts; they add up to 1.
+    """
+
+    score: float
+    box: Tensor
+    points: Tensor
+    weights: Tensor
 
 
 def draw_lines(
@@ -112,6 +141,44 @@ def draw_maps(
     bar.ax.set_yticklabels(["lowest\nof the map", "highest\nof the map"])
     figure.suptitle(title)
     save(figure, path)
+
+
+def draw_looks(path: Path, pictures: dict[str, Sequence[tuple[np.ndarray, Sequence[Look]]]]) -> None:
+    """Draw a row for each image, and in it for each model the picture with where each of its best queries looks.
+
+    Args:
+        path: of the PNG.
+        pictures: by the model's name, for each image the picture [H, W, 3] uint8 RGB and the queries.
+    """
+    models = list(pictures)
+    columns = [(name, i) for name in models for i in range(max(len(looks) for _, looks in pictures[name]))]
+    rows = len(pictures[models[0]])
+    ratio = max(picture.shape[0] / picture.shape[1] for picture, _ in pictures[models[0]])
+    size = (TILE * len(columns), (min(ratio, 1.5) * TILE + 0.25) * rows + 1.1)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (name, i) in zip(grid.T, columns):
+        for axes, (picture, looks) in zip(column, pictures[name]):
+            show_picture(axes, pale(picture))
+            if i < len(looks):
+                look = looks[i]
+                draw_boxes(axes, look.box)
+                x, y = (look.points - 0.5).T
+                axes.scatter(x, y, s=600 * look.weights, c="#0050b0", alpha=0.6, linewidths=0)
+                axes.set_title(f"{name}: query {i + 1}, score {look.score:.2f}", fontsize=8)
+            axes.set(xlim=(-0.5, picture.shape[1] - 0.5), ylim=(picture.shape[0] - 0.5, -0.5))
+    figure.suptitle(
+        "Where the queries with the best scores look in the last decoder layer\n"
+        "dots: points of all heads, their area is the weight; box: the prediction",
+        fontsize=10,
+    )
+    save(figure, path)
+
+
+def pale(picture: np.ndarray) -> np.ndarray:
+    """A picture, [H, W, 3] uint8, in light shades of grey, on which points are seen."""
+    grey = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    return (255 - (255 - grey) * 0.35).astype(np.uint8)
 
 
 def to_rgb(image: Tensor, image_format: str) -> np.ndarray:
