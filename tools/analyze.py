@@ -25,12 +25,14 @@ import codetr_d2  # noqa: F401 (registers the model)
 from codetr_d2.analysis.attention import measure_attention
 from codetr_d2.analysis.discriminability import measure_discriminability
 from codetr_d2.analysis.models import ModelSpec, load_models
+from codetr_d2.analysis.queries import measure_queries
 from codetr_d2.errors import InputError, named_disk_problems
 
 # By name what it is, and a function (models, number of images, output folder) -> rows of a table.
 MEASUREMENTS = {
     "discriminability": ("feature norms against objects, before and after the encoder", measure_discriminability),
     "attention": ("the decoder's cross-attention against objects, and where queries look", measure_attention),
+    "queries": ("customised queries: where they are, and how far from the original ones", measure_queries),
 }
 
 

@@ -19,10 +19,13 @@ from ..errors import named_disk_problems
 __all__ = [
     "Line",
     "Look",
+    "Scatter",
+    "draw_bars",
     "draw_boxes",
     "draw_lines",
     "draw_looks",
     "draw_maps",
+    "draw_scatters",
     "line_styles",
     "pale",
     "save",
@@ -66,6 +69,21 @@ class Look:
     box: Tensor
     points: Tensor
     weights: Tensor
+
+
+@dataclass
+class Scatter:
+    """A picture with points on it.
+
+    Attributes:
+        picture: [H, W, 3] uint8 RGB.
+        boxes: [N, 4] of the objects, xyxy in pixels of the picture.
+        points: by their kind, "positive", "negative" or "original", [M, 2] (x, y) in pixels of the picture.
+    """
+
+    picture: np.ndarray
+    boxes: Tensor
+    points: dict[str, Tensor]
 
 
 def draw_lines(
@@ -172,6 +190,66 @@ def draw_looks(path: Path, pictures: dict[str, Sequence[tuple[np.ndarray, Sequen
         "dots: points of all heads, their area is the weight; box: the prediction",
         fontsize=10,
     )
+    save(figure, path)
+
+
+def draw_scatters(path: Path, pictures: dict[str, Sequence[Scatter]], *, title: str) -> None:
+    """Draw a row for each image and a column for each list of pictures, with a legend of the kinds of points.
+
+    Args:
+        path: of the PNG.
+        pictures: by the title of the column.
+        title: of the whole.
+    """
+    styles = {
+        "original": {"marker": "+", "c": "0.25", "s": 14, "linewidths": 0.7},
+        "negative": {"marker": "x", "c": "#d55e00", "s": 18, "linewidths": 1.1},
+        "positive": {"marker": "o", "c": "#0050b0", "s": 16, "linewidths": 0.4, "edgecolors": "white"},
+    }
+    rows = len(next(iter(pictures.values())))
+    ratio = max(x.picture.shape[0] / x.picture.shape[1] for x in next(iter(pictures.values())))
+    size = (max(TILE * len(pictures), 5.5), min(ratio, 1.5) * TILE * rows + 1.2)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, len(pictures), squeeze=False)
+    for column, (name, scatters) in zip(grid.T, pictures.items()):
+        column[0].set_title(name, fontsize=9)
+        for axes, scatter in zip(column, scatters):
+            show_picture(axes, pale(scatter.picture))
+            draw_boxes(axes, scatter.boxes)
+            for kind, style in styles.items():
+                x, y = (scatter.points[kind] - 0.5).T
+                axes.scatter(x, y, label=f"{kind} queries", **style)
+            axes.set(xlim=(-0.5, scatter.picture.shape[1] - 0.5), ylim=(scatter.picture.shape[0] - 0.5, -0.5))
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, markerscale=1.5)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def draw_bars(
+    path: Path, names: Sequence[str], values: dict[str, Sequence[float]], *, title: str, value_label: str
+) -> None:
+    """Draw for each name a bar of each kind, with its number at its end.
+
+    Args:
+        path: of the PNG.
+        names: from top to bottom.
+        values: by the kind, a number for each name.
+        title: of the whole.
+        value_label: what the bars count, with its unit.
+    """
+    figure = Figure(figsize=(8, 1.6 + 0.32 * len(names) * len(values)), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(values)
+    fills = [("#0050b0", ""), ("#f2a65a", "///"), ("0.75", "...")]
+    for i, ((kind, numbers), (colour, hatch)) in enumerate(zip(values.items(), fills)):
+        places = np.arange(len(names)) + (i - (len(values) - 1) / 2) * height
+        bars = axes.barh(places, numbers, height, label=kind, color=colour, hatch=hatch, edgecolor="black")
+        axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+    axes.set(title=title, xlabel=value_label, yticks=range(len(names)), yticklabels=names)
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=len(values), frameon=False)
     save(figure, path)
 
 
