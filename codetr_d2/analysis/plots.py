@@ -16,7 +16,17 @@ from torch import Tensor
 
 from ..errors import named_disk_problems
 
-__all__ = ["Line", "draw_boxes", "draw_lines", "draw_maps", "line_styles", "save", "show_picture", "to_rgb"]
+__all__ = [
+    "Line",
+    "draw_bars",
+    "draw_boxes",
+    "draw_lines",
+    "draw_maps",
+    "line_styles",
+    "save",
+    "show_picture",
+    "to_rgb",
+]
 
 DPI = 150
 TILE = 2.6  # inches that a picture in a grid is wide
@@ -144,3 +154,54 @@ def save(figure: Figure, path: Path) -> None:
     """
     with named_disk_problems(str(path)):
         figure.savefig(path, dpi=DPI)
+
+
+def bar_styles() -> Iterator[dict]:
+    """Styles of bars that stay apart in grey: brightness and hatches change together."""
+    for colour, hatch in zip(
+        cycle(["#0072b2", "#e69f00", "#dddddd", "#cc79a7"]), cycle(["", "//", "..", "xx", "\\\\"])
+    ):
+        yield {"color": colour, "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
+
+
+def draw_bars(
+    path: Path,
+    panels: dict[str, dict[str, dict[str, float]]],
+    *,
+    title: str,
+    legend: dict[str, str] | None = None,
+    order: Sequence[str] = (),
+) -> None:
+    """Draw horizontal bars with their numbers: a panel for each quantity, a group of bars for each place.
+
+    Args:
+        path: of the PNG.
+        panels: by the quantity with its unit, the series (a model) and the place (a part of it) a number. A place that
+            a series lacks has no bar.
+        title: of the whole.
+        legend: what the legend calls the series, where that is more than their names.
+        order: of the places; those that are not in it come last.
+    """
+    found = dict.fromkeys(place for panel in panels.values() for values in panel.values() for place in values)
+    places = [*(x for x in order if x in found), *(x for x in found if x not in order)]
+    series = list(next(iter(panels.values())))
+    thickness = 0.8 / len(series)
+    height = max(2.5, 0.9 + 0.22 * len(places) * (len(series) + 0.6)) + 0.25 * len(series)
+    figure = Figure(figsize=(1.5 + 3.2 * len(panels), height), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (quantity, panel) in zip(grid, panels.items()):
+        for i, (name, style) in enumerate(zip(series, bar_styles())):
+            values = panel[name]
+            at = [places.index(place) + (i - (len(series) - 1) / 2) * thickness for place in values]
+            bars = axes.barh(at, list(values.values()), thickness, label=(legend or {}).get(name, name), **style)
+            axes.bar_label(bars, [f"{x:.3g}" for x in values.values()], padding=2, fontsize=7)
+        axes.set(xlabel=quantity)
+        axes.margins(x=0.18)
+        axes.set_xlim(left=0)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    grid[0].set_yticks(range(len(places)), places)
+    grid[0].invert_yaxis()
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower left", ncols=1, frameon=False)
+    figure.suptitle(title)
+    save(figure, path)
