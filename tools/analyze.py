@@ -23,6 +23,7 @@ import torch
 from tabulate import tabulate
 
 import codetr_d2  # noqa: F401 (registers the model)
+from codetr_d2.analysis.branches import measure_branches
 from codetr_d2.analysis.cost import compare_costs
 from codetr_d2.analysis.discriminability import measure_discriminability
 from codetr_d2.analysis.models import ModelSpec, load_models
@@ -30,6 +31,10 @@ from codetr_d2.errors import InputError, named_disk_problems
 
 # By name what it is, and a function (models, number of images, output folder) -> rows of a table.
 MEASUREMENTS = {
+    "branches": (
+        "average precision of the detector and of each auxiliary head, with and without NMS",
+        measure_branches,
+    ),
     "discriminability": ("feature norms against objects, before and after the encoder", measure_discriminability),
 }
 
