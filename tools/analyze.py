@@ -27,6 +27,7 @@ from codetr_d2.analysis.branches import measure_branches
 from codetr_d2.analysis.cost import compare_costs
 from codetr_d2.analysis.discriminability import measure_discriminability
 from codetr_d2.analysis.models import ModelSpec, load_models
+from codetr_d2.analysis.stability import compare_stability
 from codetr_d2.errors import InputError, named_disk_problems
 
 # By name what it is, and a function (models, number of images, output folder) -> rows of a table.
@@ -83,6 +84,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--depth", type=positive, default=2, metavar="N", help="of the modules in the table (default: %(default)s)"
     )
     cost.set_defaults(measure=measure_costs, floatfmt=".2f")
+    stability = add("stability", "how much the matching changes in training; here --model is NAME=OUTPUT_DIR")
+    stability.set_defaults(measure=lambda args, specs, opts: compare_stability(specs, args.output))
     for sub in measurements.choices.values():
         sub.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="options of every config")
     return parser.parse_args(argv)
