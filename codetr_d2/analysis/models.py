@@ -15,7 +15,7 @@ from ..data import CoDETRDatasetMapper, build_augmentations, load_datasets, regi
 from ..data.datasets import annotated_images
 from ..errors import InputError
 
-__all__ = ["AnalysedModel", "ModelSpec", "images", "load_model", "load_models"]
+__all__ = ["AnalysedModel", "ModelSpec", "check_names", "images", "load_model", "load_models"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,18 @@ class AnalysedModel:
     model: nn.Module
 
 
+def check_names(specs: Sequence[ModelSpec]) -> list[str]:
+    """The names of the models.
+
+    Raises:
+        InputError: two of them are the same.
+    """
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names):
+        raise InputError(f"--model: the names {', '.join(names)} are not all different; give each model one of its own")
+    return names
+
+
 def load_model(name: str, config_file: str, weights: str = "", opts: Sequence[str] = ()) -> AnalysedModel:
     """Build a model and load its weights.
 
@@ -80,9 +92,7 @@ def load_models(specs: Sequence[ModelSpec], opts: Sequence[str] = ()) -> Iterato
     Raises:
         InputError: as :func:`load_model`; two models have the same name, or are tested on different datasets.
     """
-    names = [spec.name for spec in specs]
-    if len(set(names)) < len(names):
-        raise InputError(f"--model: the names {', '.join(names)} are not all different; give each model one of its own")
+    names = check_names(specs)
     configs = [_read_config(spec.config_file, spec.weights, opts) for spec in specs]
     datasets = {tuple(cfg.DATASETS.TEST[:1]) for cfg in configs}
     if len(datasets) > 1:

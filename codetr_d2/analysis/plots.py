@@ -226,33 +226,6 @@ def draw_scatters(path: Path, pictures: dict[str, Sequence[Scatter]], *, title: 
     save(figure, path)
 
 
-def draw_bars(
-    path: Path, names: Sequence[str], values: dict[str, Sequence[float]], *, title: str, value_label: str
-) -> None:
-    """Draw for each name a bar of each kind, with its number at its end.
-
-    Args:
-        path: of the PNG.
-        names: from top to bottom.
-        values: by the kind, a number for each name.
-        title: of the whole.
-        value_label: what the bars count, with its unit.
-    """
-    figure = Figure(figsize=(8, 1.6 + 0.32 * len(names) * len(values)), layout="constrained")
-    axes = figure.subplots()
-    height = 0.8 / len(values)
-    fills = [("#0050b0", ""), ("#f2a65a", "///"), ("0.75", "...")]
-    for i, ((kind, numbers), (colour, hatch)) in enumerate(zip(values.items(), fills)):
-        places = np.arange(len(names)) + (i - (len(values) - 1) / 2) * height
-        bars = axes.barh(places, numbers, height, label=kind, color=colour, hatch=hatch, edgecolor="black")
-        axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
-    axes.set(title=title, xlabel=value_label, yticks=range(len(names)), yticklabels=names)
-    axes.margins(x=0.12)
-    axes.invert_yaxis()
-    figure.legend(loc="outside lower center", ncols=len(values), frameon=False)
-    save(figure, path)
-
-
 def pale(picture: np.ndarray) -> np.ndarray:
     """A picture, [H, W, 3] uint8, in light shades of grey, on which points are seen."""
     grey = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
@@ -289,3 +262,54 @@ def save(figure: Figure, path: Path) -> None:
     """
     with named_disk_problems(str(path)):
         figure.savefig(path, dpi=DPI)
+
+
+def bar_styles() -> Iterator[dict]:
+    """Styles of bars that stay apart in grey: brightness and hatches change together."""
+    for colour, hatch in zip(
+        cycle(["#0072b2", "#e69f00", "#dddddd", "#cc79a7"]), cycle(["", "//", "..", "xx", "\\\\"])
+    ):
+        yield {"color": colour, "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
+
+
+def draw_bars(
+    path: Path,
+    panels: dict[str, dict[str, dict[str, float]]],
+    *,
+    title: str,
+    legend: dict[str, str] | None = None,
+    order: Sequence[str] = (),
+) -> None:
+    """Draw horizontal bars with their numbers: a panel for each quantity, a group of bars for each place.
+
+    Args:
+        path: of the PNG.
+        panels: by the quantity with its unit, the series (a model) and the place (a part of it) a number. A place that
+            a series lacks has no bar.
+        title: of the whole.
+        legend: what the legend calls the series, where that is more than their names.
+        order: of the places; those that are not in it come last.
+    """
+    found = dict.fromkeys(place for panel in panels.values() for values in panel.values() for place in values)
+    places = [*(x for x in order if x in found), *(x for x in found if x not in order)]
+    series = list(next(iter(panels.values())))
+    thickness = 0.8 / len(series)
+    height = max(2.5, 0.9 + 0.22 * len(places) * (len(series) + 0.6)) + 0.25 * len(series)
+    figure = Figure(figsize=(1.5 + 3.2 * len(panels), height), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (quantity, panel) in zip(grid, panels.items()):
+        for i, (name, style) in enumerate(zip(series, bar_styles())):
+            values = panel[name]
+            at = [places.index(place) + (i - (len(series) - 1) / 2) * thickness for place in values]
+            bars = axes.barh(at, list(values.values()), thickness, label=(legend or {}).get(name, name), **style)
+            axes.bar_label(bars, [f"{x:.3g}" for x in values.values()], padding=2, fontsize=7)
+        axes.set(xlabel=quantity)
+        axes.margins(x=0.18)
+        axes.set_xlim(left=0)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    grid[0].set_yticks(range(len(places)), places)
+    grid[0].invert_yaxis()
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower left", ncols=1, frameon=False)
+    figure.suptitle(title)
+    save(figure, path)

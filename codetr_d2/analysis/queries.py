@@ -192,12 +192,14 @@ def measure_queries(models: Iterable[AnalysedModel], num_images: int, output: Pa
         pictures,
         title="Customised queries of the auxiliary heads, by the centres of their boxes",
     )
+    distances = {
+        kind: {f"{x['model']}: {x['head']}": x[f"{kind} distance"] for x in rows if x[f"{kind} distance"] is not None}
+        for kind in ("positive", "negative")
+    }
     plots.draw_bars(
         output / "queries_distance.png",
-        [f"{row['model']}: {row['head']}" for row in rows],
-        {kind: [row[f"{kind} distance"] or 0.0 for row in rows] for kind in ("positive", "negative")},
-        title=f"Distance of customised queries from the nearest original one\nmean over {number} images",
-        value_label="distance of centres / diagonal of the image",
+        {"distance of centres / diagonal of the image": distances},
+        title=f"Distance of customised queries from\nthe nearest original one, mean over {number} images",
     )
     return rows
 
