@@ -2,7 +2,8 @@
 """Measure on trained models what the paper measures, and draw it.
 
     python tools/analyze.py discriminability --output found \
-        --model ATSS=output/atss/config.yaml,output/atss/model_final.pth --model plain=output/plain/config.yaml,output/plain/model_final.pth
+        --model ATSS=output/atss/config.yaml,output/atss/model_final.pth \
+        --model plain=output/plain/config.yaml,output/plain/model_final.pth
 
 Several models come side by side into one picture. CONFIG without WEIGHTS takes MODEL.WEIGHTS of the config. Images are
 the first ones of the config's first test dataset. KEY VALUE pairs at the end change options of every config.
