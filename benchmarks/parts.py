@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from codetr_d2.analysis.flops import count_flops
 from codetr_d2.errors import InputError
 from codetr_d2.layers import BlockSelfAttention, MultiScaleDeformableAttention
 from codetr_d2.modeling.transformer.encoder import FeedForward
@@ -34,56 +34,6 @@ MODULES = {
 }
 MATRIX_PRODUCTS = ((2048, 2048, 2048), (22223, 256, 1024), (22223, 1024, 256), (4096, 1024, 4096))
 COPIED_BYTES = 2**28
-
-
-def operator_flops(*tensors: Tensor) -> int:
-    """A multiplication and an addition for each channel of each of the four taps of a point."""
-    value, weights = (next(x for x in tensors if x.dim() == dim) for dim in (4, 5))
-    return 2 * 4 * weights.numel() * value.shape[-1]
-
-
-def operator_backward_flops(*tensors: Tensor) -> int:
-    """The gradient of the values as many as forward; the products of gradient and taps as many again."""
-    return 2 * operator_flops(*tensors)
-
-
-def attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> int:
-    """Two matrix products of [B, heads, queries, keys]."""
-    return 2 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-
-
-def attention_backward_flops(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> int:
-    """Five matrix products, of which one is made again."""
-    return 2 * query[..., 0].numel() * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
-
-
-def feed_forward_flops(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *_: Tensor) -> int:
-    """Two matrix products."""
-    return 2 * len(x) * (weight1.numel() + weight2.numel())
-
-
-def feed_forward_backward_flops(grad: Tensor, x: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor) -> int:
-    """Four matrix products, where all gradients are needed."""
-    return 4 * len(x) * (weight1.numel() + weight2.numel())
-
-
-# Forward and backward, of the tensors that an operator takes: for operators with this in their names, as a profile
-# shows them, which are not in PyTorch's table.
-FLOPS = {
-    OPERATOR: (operator_flops, operator_backward_flops),
-    "feed_forward": (feed_forward_flops, feed_forward_backward_flops),
-    "scaled_dot_product_flash_attention_for_cpu": (attention_flops, attention_backward_flops),
-}
-
-
-def count_flops(func: torch._ops.OpOverload, args: tuple, kwargs: dict, output: object, tensors: list[Tensor]) -> int:
-    """The floating-point operations of one call; none for what is no matrix product or the like."""
-    name = func.overloadpacket.__name__
-    for part, (forward, backward) in FLOPS.items():
-        if part in name and tensors:  # without, it says what instructions its kernels use
-            return (backward if name.endswith("backward") else forward)(*tensors)
-    formula = flop_registry.get(func.overloadpacket)
-    return formula(*args, **kwargs, out_val=output) if formula else 0
 
 
 class Scopes(Stopwatch):

@@ -80,7 +80,12 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     if cfg.DATALOADER.NUM_WORKERS < 0:
         raise InputError(f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}; it must be 0 (no workers) or more")
     positive(cfg, "TEST.DETECTIONS_PER_IMAGE")
-    within(cfg, 0, math.inf, "MODEL.BACKBONE.FREEZE_AT")
+    within(cfg, 0, math.inf, "MODEL.BACKBONE.FREEZE_AT", "TEST.STABILITY_IMAGES")
+    if cfg.TEST.STABILITY_IMAGES and not eval_only and not (cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST):
+        raise InputError(
+            f"TEST.STABILITY_IMAGES is {cfg.TEST.STABILITY_IMAGES}, but the matching is written at each evaluation: "
+            "set TEST.EVAL_PERIOD to the iterations of an epoch, and name a dataset in DATASETS.TEST"
+        )
     if solver.AMP.ENABLED:
         one_of(cfg, "SOLVER.AMP.DTYPE", ["bfloat16"] if resolve_device(cfg) == "cpu" else ["bfloat16", "float16"])
 

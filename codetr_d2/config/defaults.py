@@ -226,6 +226,9 @@ def add_codetr_config(cfg: CN) -> None:
     _C.SOLVER.EMA.WARMUP_ITERS = 2000
     # Keep model_best.pth by this entry of the evaluation results; "" keeps none.
     _C.TEST.BEST_CHECKPOINT_METRIC = "bbox/AP"
+    # > 0: at each evaluation, which query each object of so many images of the first test dataset is matched with, in
+    # matches.json: what tools/analyze.py stability draws. The images stay in memory.
+    _C.TEST.STABILITY_IMAGES = 0
 
     # Datasets on disk: (name, image folder, annotation json) triples, registered before training.
     _C.DATASETS.COCO_JSON = []

@@ -7,13 +7,23 @@ import re
 from collections.abc import Callable
 
 from detectron2.engine import HookBase, hooks
+from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
+from torch import nn
 
+from ..analysis.matches import FILE_NAME, Matches, match_objects
 from ..checkpoint.checkpointer import CoDETRCheckpointer, atomic_write
 from ..errors import named_disk_problems
 
-__all__ = ["BestCheckpointer", "MetricsWriter", "PeriodicCheckpointer", "PeriodicWriter", "drop_metrics_from"]
+__all__ = [
+    "BestCheckpointer",
+    "MatchRecorder",
+    "MetricsWriter",
+    "PeriodicCheckpointer",
+    "PeriodicWriter",
+    "drop_metrics_from",
+]
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
@@ -40,6 +50,39 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     def load_state_dict(self, state: dict) -> None:
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+
+
+class MatchRecorder(HookBase):
+    """Write into ``matches.json`` which query each object is matched with, at each evaluation.
+
+    The weights are those in training, not their moving average. A resumed run goes on with the file; what is later than
+    its checkpoint is dropped. For the main process.
+
+    Args:
+        model: a :class:`~codetr_d2.modeling.meta_arch.CoDETR`, not wrapped.
+        inputs: images with ``image_id`` and ``instances``, resized as for testing.
+        period: iterations between evaluations.
+        folder: that of the run.
+    """
+
+    def __init__(self, model: nn.Module, inputs: list[dict], period: int, folder: str):
+        self._model = model
+        self._inputs = inputs
+        self._period = period
+        self._path = os.path.join(folder, FILE_NAME)
+
+    def before_train(self) -> None:
+        image_ids = [x["image_id"] for x in self._inputs]
+        self._matches = Matches.resume(self._path, image_ids, self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter
+        if (iteration + 1) % self._period and iteration != self.trainer.max_iter - 1:
+            return
+        with inference_context(self._model):
+            queries = [match_objects(self._model, x) for x in self._inputs]
+        self._matches.evaluations.append((iteration, queries))
+        self._matches.write(self._path)
 
 
 class PeriodicCheckpointer(HookBase):

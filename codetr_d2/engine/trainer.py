@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from ..analysis.models import AnalysedModel, images
 from ..checkpoint.checkpointer import CoDETRCheckpointer, last_whole
 from ..config.config_file import resolve_device, save_config
 from ..config.output_dir import check_training_data, training_data
@@ -34,7 +35,14 @@ from ..errors import InputError, named_disk_problems
 from ..evaluation import DetectionEvaluator, evaluation_style
 from .anchor_check import warn_of_unsuitable_anchors
 from .ema import ModelEMA
-from .hooks import BestCheckpointer, MetricsWriter, PeriodicCheckpointer, PeriodicWriter, drop_metrics_from
+from .hooks import (
+    BestCheckpointer,
+    MatchRecorder,
+    MetricsWriter,
+    PeriodicCheckpointer,
+    PeriodicWriter,
+    drop_metrics_from,
+)
 from .log_file import LogFile, one_line_errors
 from .optimizer import build_optimizer, clip_full_model, schedule_in_iterations
 
@@ -236,6 +244,11 @@ class CoDETRTrainer(DefaultTrainer):
                 result.append(
                     BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.weights_checkpointer, cfg.TEST.BEST_CHECKPOINT_METRIC)
                 )
+        if cfg.TEST.STABILITY_IMAGES:
+            inputs = images(AnalysedModel("", cfg, self.bare_model), cfg.TEST.STABILITY_IMAGES)  # all processes load
+            if comm.is_main_process():
+                folder = cfg.OUTPUT_DIR
+                result.append(MatchRecorder(self.bare_model, list(inputs), cfg.TEST.EVAL_PERIOD, folder))
         if comm.is_main_process():
             result.append(PeriodicWriter(self.build_writers, cfg.TEST.EVAL_PERIOD))
             result.append(PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))

@@ -92,15 +92,22 @@ class ConditionalCrossAttention(nn.Module):
         Returns:
             [B, Q, C]
         """
+        q, k = self.queries_and_keys(x, position, spatial_query, memory, memory_position)
+        v = split_heads(self.value(memory), self.num_heads)
+        everything = AttentionBlock(slice(None), slice(None), mask)
+        return self.out_proj(attend_in_blocks(q, k, v, [everything], self.dropout if self.training else 0.0))
+
+    def queries_and_keys(
+        self, x: Tensor, position: Tensor, spatial_query: Tensor, memory: Tensor, memory_position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is compared, [B, heads, Q, 2C / heads] and [B, heads, S, 2C / heads]. Args: see :meth:`forward`."""
         q, k = self.query_content(x), self.key_content(memory)
         spatial_key = self.key_position(memory_position)
         if self.query_position is not None:
             q, k = q + self.query_position(position), k + spatial_key
-        parts = (q, self.query_spatial(spatial_query), k, spatial_key, self.value(memory))
-        q, spatial_q, k, spatial_k, v = (split_heads(part, self.num_heads) for part in parts)
-        q, k = cat((q, spatial_q), dim=-1), cat((k, spatial_k), dim=-1)  # [B, heads, Q or S, 2C / heads]
-        everything = AttentionBlock(slice(None), slice(None), mask)
-        return self.out_proj(attend_in_blocks(q, k, v, [everything], self.dropout if self.training else 0.0))
+        parts = (q, self.query_spatial(spatial_query), k, spatial_key)
+        q, spatial_q, k, spatial_k = (split_heads(part, self.num_heads) for part in parts)
+        return cat((q, spatial_q), dim=-1), cat((k, spatial_k), dim=-1)
 
 
 def _linear(embed_dim: int) -> nn.Linear:

@@ -94,21 +94,31 @@ class MultiScaleDeformableAttention(nn.Module):
             ValueError: sizes that don't fit each other.
         """
         self._check(query, value, reference_points, spatial_shapes, padding_mask)
-        batch, num_queries, _ = query.shape
-        points = (batch, num_queries, self.num_heads, self.num_levels, self.num_points)
         value = self.value_proj(value)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0)
         value = value.unflatten(2, (self.num_heads, -1))  # [B, S, C] -> [B, S, H, C/H]
 
+        locations, weights = self.points_and_weights(query, reference_points, spatial_shapes)
+        output = ms_deform_attn(value, spatial_shapes, locations, weights, self.backend)
+        return self.output_proj(output)
+
+    def points_and_weights(
+        self, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Where the queries sample, and what each sample counts. Args: see :meth:`forward`.
+
+        Returns:
+            [B, Q, H, L, P, 2] locations (x, y), in fractions of each level's map, padding included, and
+            [B, Q, H, L, P] weights, which add up to 1 over levels and points. Float32, or float64 as the query.
+        """
+        points = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
         # Locations and softmax at full precision, whatever autocast makes of the linear layers.
-        dtype = torch.promote_types(value.dtype, torch.float32)
+        dtype = torch.promote_types(query.dtype, torch.float32)
         weights = self.attention_weights(query).to(dtype).unflatten(2, (self.num_heads, -1)).softmax(-1).view(points)
         offsets = self.sampling_offsets(query).to(dtype)
         locations = self.sampling_locations(reference_points.to(dtype), offsets, spatial_shapes).view(*points, 2)
-
-        output = ms_deform_attn(value, spatial_shapes, locations, weights, self.backend)
-        return self.output_proj(output)
+        return locations, weights
 
     def sampling_locations(
         self, reference_points: Tensor, offsets: Tensor, spatial_shapes: Sequence[tuple[int, int]]
