@@ -26,6 +26,7 @@ from tabulate import tabulate
 import codetr_d2  # noqa: F401 (registers the model)
 from codetr_d2.analysis.attention import measure_attention
 from codetr_d2.analysis.branches import measure_branches
+from codetr_d2.analysis.conflict import measure_conflict
 from codetr_d2.analysis.cost import compare_costs
 from codetr_d2.analysis.discriminability import measure_discriminability
 from codetr_d2.analysis.models import ModelSpec, load_models
@@ -39,6 +40,7 @@ MEASUREMENTS = {
         "average precision of the detector and of each auxiliary head, with and without NMS",
         measure_branches,
     ),
+    "conflict": ("how far apart the heads look on the encoder's output", measure_conflict),
     "discriminability": ("feature norms against objects, before and after the encoder", measure_discriminability),
     "attention": ("the decoder's cross-attention against objects, and where queries look", measure_attention),
     "queries": ("customised queries: where they are, and how far from the original ones", measure_queries),

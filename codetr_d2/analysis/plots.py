@@ -25,6 +25,7 @@ __all__ = [
     "draw_lines",
     "draw_looks",
     "draw_maps",
+    "draw_matrices",
     "draw_scatters",
     "line_styles",
     "pale",
@@ -311,5 +312,37 @@ def draw_bars(
     grid[0].set_yticks(range(len(places)), places)
     grid[0].invert_yaxis()
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower left", ncols=1, frameon=False)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def draw_matrices(
+    path: Path,
+    matrices: dict[str, tuple[Sequence[str], Tensor]],
+    *,
+    title: str,
+    row_label: str,
+    column_label: str,
+) -> None:
+    """Draw square matrices side by side, with their numbers; the darker, the larger, on one scale.
+
+    Args:
+        path: of the PNG.
+        matrices: by the title of each the names of its rows and columns, and [N, N] numbers that are not negative.
+        title: of the whole.
+        row_label, column_label: what rows and columns are.
+    """
+    side = max(3.2, 0.85 * max(len(names) for names, _ in matrices.values()) + 1.2)
+    figure = Figure(figsize=(max(side * len(matrices), 8), side + 0.6), layout="constrained")
+    largest = max(matrix.max().item() for _, matrix in matrices.values())
+    for axes, (name, (labels, matrix)) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items()):
+        axes.imshow(matrix, cmap="Greys", vmin=0, vmax=largest or 1)
+        for i, row in enumerate(matrix.tolist()):
+            for j, value in enumerate(row):
+                colour = "white" if value > 0.5 * largest else "black"
+                axes.text(j, i, f"{value:.3g}", ha="center", va="center", color=colour, fontsize=8)
+        axes.set(title=name, xlabel=column_label, ylabel=row_label)
+        axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+        axes.set_yticks(range(len(labels)), labels)
     figure.suptitle(title)
     save(figure, path)

@@ -104,6 +104,14 @@ class AuxiliaryHead(nn.Module):
         """
         raise NotImplementedError
 
+    def class_logits(self, pyramid: FeaturePyramid) -> list[Tensor]:
+        """What the head makes of the classes, with its gradient, to be called in eval mode; for analyses.
+
+        Returns:
+            For each image [N, K] logits of the classes, background left out, of all that is scored before NMS.
+        """
+        raise NotImplementedError
+
 
 def auxiliary_head_names(kinds: list[str]) -> list[str]:
     """Unique names for auxiliary heads: the kind itself, and with a number from its second use on."""

@@ -268,6 +268,10 @@ class DenseHead(AuxiliaryHead):
             for i, size in enumerate(pyramid.geometry.image_sizes)
         ]
 
+    def class_logits(self, pyramid: FeaturePyramid) -> list[Tensor]:
+        """See the base class: of all anchors."""
+        return list(torch.cat([logits for logits, *_ in self.predict(pyramid.maps())], dim=1))
+
     def _inference_single_image(
         self, image_size: tuple[int, int], anchors: list[Tensor], predictions: list[list[Tensor]]
     ) -> Instances:

@@ -433,6 +433,15 @@ class ROIHead(AuxiliaryHead):
         proposals, _ = self.proposal_generator(images, features)
         return self.roi_heads._forward_box(features, proposals)  # masks are the caller's to ask for
 
+    def class_logits(self, pyramid: FeaturePyramid) -> list[Tensor]:
+        """See the base class: of the proposals, which carry no gradient, against the logit of background."""
+        images, features = self._inputs(pyramid)
+        with torch.no_grad():
+            proposals, _ = self.proposal_generator(images, features)
+        heads = self.roi_heads
+        logits, _ = heads.box_predictor(heads.box_head(heads._pool(features, proposals)))
+        return list((logits[:, :-1] - logits[:, -1:]).split([len(x) for x in proposals]))
+
     @torch.no_grad()
     def predict_masks(self, pyramid: FeaturePyramid, detections: list[Instances]) -> list[Instances]:
         """Add the masks of any detections, in eval mode.
