@@ -49,20 +49,25 @@ def save_gradients(num_objects, path):
         torch.save(found, path)
 
 
-@pytest.mark.slow
-def test_with_all_heads(tmp_path):
-    """The second process sees no object.
+@pytest.fixture
+def one_thread():
+    """As the processes have: sums of several threads round differently, and proposals that all but tie may change."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
-    Of proposals that are all but tied, rounding may choose others in one of the runs: that moves gradients by a few
-    thousandths, where a wrong mean over the processes moves them by a half.
-    """
-    num_objects = (5, 2, 0, 0)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_objects", [(3, 1, 2, 4), (5, 2, 0, 0)])
+def test_with_all_heads(one_thread, num_objects, tmp_path):
     run_processes(save_gradients, 2, device="cpu", args=(num_objects, str(tmp_path / "two.pth")))
     two = torch.load(tmp_path / "two.pth", weights_only=True)
     one = gradients(build(*OPTIONS, aux_heads=HEADS).train(), batch(num_objects))
     assert two.keys() == one.keys()
     for name, gradient in one.items():
-        assert (two[name] - gradient).norm() <= 0.02 * gradient.norm() + 1e-6, name
+        scale = gradient.abs().max()
+        assert (two[name] - gradient).abs().max() <= 1e-4 * scale + 1e-7, name
 
 
 @pytest.mark.slow
