@@ -24,7 +24,7 @@ from .flops import count_flops
 from .models import ModelSpec, check_names
 from .results import write_rows
 
-__all__ = ["PARTS", "Cost", "ModuleCost", "build_without_weights", "compare_costs", "measure_cost", "parts_of"]
+__all__ = ["PARTS", "Cost", "ModuleCost", "build_with_random_weights", "compare_costs", "measure_cost", "parts_of"]
 
 PARTS = {
     "backbone": "backbone",
@@ -90,7 +90,7 @@ class Cost:
         return {name: cost for name, cost in self.modules.items() if not name or name.count(".") < depth}
 
 
-def build_without_weights(cfg: CfgNode) -> nn.Module:
+def build_with_random_weights(cfg: CfgNode) -> nn.Module:
     """The model of a config for inference on its device: with random weights, and in need of neither file nor data."""
     cfg = cfg.clone()
     cfg.defrost()
@@ -219,7 +219,7 @@ def compare_costs(
         cfg = load_config(spec.config_file, opts)
         cfg.MODEL.DEVICE = resolve_device(cfg)
         cfg.MODEL.CODETR.COMPILE = False  # inside compiled modules nothing can be counted
-        cost = costs[spec.name] = measure_cost(build_without_weights(cfg), size, repeat)
+        cost = costs[spec.name] = measure_cost(build_with_random_weights(cfg), size, repeat)
         modules += [{"model": spec.name, "module": x, **vars(module)} for x, module in cost.modules.items()]
         models.append(
             {

@@ -4,7 +4,7 @@ from detectron2.config import get_cfg
 from torch import nn
 
 from codetr_d2 import add_codetr_config
-from codetr_d2.analysis.cost import PARTS, build_without_weights, measure_cost, parts_of
+from codetr_d2.analysis.cost import PARTS, build_with_random_weights, measure_cost, parts_of
 from codetr_d2.analysis.flops import count_flops
 from codetr_d2.engine import load_config
 from codetr_d2.layers import MultiScaleDeformableAttention
@@ -146,7 +146,7 @@ def test_roi_align_counts_its_samples():
 def test_a_config_needs_no_files():
     cfg = load_config(str(CONFIGS / "quick_start" / "co_deformable_detr_efficientnet_lite0_digits.yaml"), [])
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", "/no/such/file"
-    assert not build_without_weights(cfg).training and cfg.MODEL.WEIGHTS == "/no/such/file"
+    assert not build_with_random_weights(cfg).training and cfg.MODEL.WEIGHTS == "/no/such/file"
 
 
 @pytest.mark.slow
@@ -158,6 +158,6 @@ def test_the_published_order_of_magnitude():
     cfg.merge_from_file(str(CONFIGS / "co_deformable_detr" / "deformable_detr_r50_1x_coco.yaml"))
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.CODETR.ENCODER.FFN_DIM", 1024])
     cfg.MODEL.CODETR.DECODER.FFN_DIM = 1024
-    cost = measure_cost(build_without_weights(cfg), (800, 1066), repeat=1)
+    cost = measure_cost(build_with_random_weights(cfg), (800, 1066), repeat=1)
     assert cost.total.flops == pytest.approx(173e9, rel=0.1)
     assert cost.total.parameters == pytest.approx(40e6, rel=0.1)
