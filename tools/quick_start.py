@@ -36,6 +36,7 @@ from tabulate import tabulate
 
 from codetr_d2 import add_codetr_config
 from codetr_d2.data import load_datasets, read_image, register_datasets
+from codetr_d2.engine.metrics_file import is_finished, read_metrics
 from codetr_d2.errors import InputError
 from codetr_d2.inference import Predictor
 from codetr_d2.visualization import draw_annotations, draw_predictions
@@ -49,26 +50,6 @@ TASKS = {"bbox": "box", "segm": "mask"}  # the latter where the model has masks
 NUM_PICTURES = 8
 SCORE_THRESHOLD = 0.3  # least score of a prediction to be drawn
 LONG_SIDE = 400  # pixels of a drawn picture
-
-
-def read_metrics(output: Path) -> list[dict]:
-    """What metrics.json says of each iteration, in order."""
-    metrics: dict[int, dict] = {}
-    if (output / "metrics.json").is_file():
-        for line in (output / "metrics.json").read_text().splitlines():
-            try:
-                values = json.loads(line)
-            except ValueError:  # the run was killed while it wrote the line
-                continue
-            values = {name: math.nan if value is None else value for name, value in values.items()}
-            metrics.setdefault(values["iteration"], {}).update(values)
-    return [metrics[iteration] for iteration in sorted(metrics)]
-
-
-def is_finished(output: Path) -> bool:
-    """Whether the run ended: the final evaluation is the last thing that is logged."""
-    metrics = read_metrics(output)
-    return (output / "model_final.pth").is_file() and bool(metrics) and "bbox/AP" in metrics[-1]
 
 
 def set_aside(output: Path) -> None:

@@ -112,7 +112,7 @@ def measure_branches(models: Iterable[AnalysedModel], num_images: int, output: P
         copies = {name: head_without_nms(head) for name, head in model.auxiliary_heads.items()}
         without_nms = {name: head for name, head in copies.items() if head is not None}
         results, seen = defaultdict(list), set()
-        for x in tqdm(images(analysed, num_images), total=num_images, desc=analysed.name):
+        for x in tqdm(images(analysed, num_images), desc=analysed.name):
             seen.add(x["image_id"])
             for key, found in branch_detections(model, x, without_nms).items():
                 results[key] += to_coco_results(found.to("cpu"), x["image_id"])

@@ -53,7 +53,7 @@ def compare_maps(
     foregrounds = set()
     for analysed in models:
         curves, count = {}, 0
-        for count, x in enumerate(tqdm(images(analysed, num_images), total=num_images, desc=analysed.name), 1):
+        for count, x in enumerate(tqdm(images(analysed, num_images), desc=analysed.name), 1):
             foreground = foreground_mask(x["instances"])
             foregrounds.add("masks" if x["instances"].has("gt_masks") else "boxes")
             for source, scores in maps_of(analysed, x).items():

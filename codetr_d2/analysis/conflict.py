@@ -17,7 +17,6 @@ __all__ = ["attention_of_heads", "conflict_of_head", "distribution", "grad_cam",
 
 DETECTOR = "detector"
 NUM_DETECTIONS = 20  # the best ones of a head, whose logits are its score
-UNIFORM_SHARE = 1e-3  # of a distribution: the divergence stays finite where a map is zero
 
 
 def grad_cam(levels: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -37,11 +36,19 @@ def grad_cam(levels: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
 
 
 def distribution(values: Tensor) -> Tensor:
-    """[S] numbers that are not negative -> [S] float64 that add up to one, a little of them spread evenly."""
+    """A map as a distribution: the softmax over its cells of its values, divided by the largest.
+
+    The paper does not say what it does. This keeps every divergence finite, and gives values of the paper's size:
+    hundredths of a nat. Shares of the map's sum would give whole nats.
+
+    Args:
+        values: [S] not negative.
+
+    Returns:
+        [S] float64, without zeros, whose sum is 1.
+    """
     values = values.double()
-    total = values.sum()
-    shares = values / total if total > 0 else torch.full_like(values, 1 / len(values))
-    return (1 - UNIFORM_SHARE) * shares + UNIFORM_SHARE / len(values)
+    return (values / values.max().clamp(min=torch.finfo(values.dtype).tiny)).softmax(dim=0)
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> float:
@@ -114,7 +121,7 @@ def measure_conflict(models: Iterable[AnalysedModel], num_images: int, output: P
                 f"{analysed.name} has no auxiliary heads (MODEL.CODETR.AUX_HEADS is empty) to compare with"
             )
         sums, count = torch.zeros(len(names), len(names), dtype=torch.float64), 0
-        for x in tqdm(images(analysed, num_images), total=num_images, desc=analysed.name):
+        for x in tqdm(images(analysed, num_images), desc=analysed.name):
             found = attention_of_heads(analysed.model, x)
             sums += torch.tensor([[kl_divergence(found[i], found[j]) for j in names] for i in names])
             count += 1

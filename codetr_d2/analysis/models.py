@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from detectron2.config import CfgNode
+from detectron2.data import MapDataset
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -121,7 +122,7 @@ def _build(name: str, cfg: CfgNode) -> AnalysedModel:
     return AnalysedModel(name, cfg, model)
 
 
-def images(analysed: AnalysedModel, number: int) -> Iterator[dict]:
+def images(analysed: AnalysedModel, number: int) -> MapDataset:
     """The first images of the model's first test dataset, with their ground truth, as inputs of the model.
 
     Args:
@@ -129,10 +130,10 @@ def images(analysed: AnalysedModel, number: int) -> Iterator[dict]:
         number: of images at most.
 
     Returns:
-        What :class:`CoDETRDatasetMapper` makes of each: ``image`` ([C, H, W] uint8, resized as for testing) and
-        ``instances`` with ``gt_boxes`` (xyxy in pixels of ``image``), ``gt_classes``, and ``gt_masks``
-        (:class:`BitMasks` of the size of ``image``) where every annotation of the dataset has a mask. Crowds are left
-        out.
+        A sequence, read as it is gone through, of what :class:`CoDETRDatasetMapper` makes of each: ``image``
+        ([C, H, W] uint8, resized as for testing) and ``instances`` with ``gt_boxes`` (xyxy in pixels of ``image``),
+        ``gt_classes``, and ``gt_masks`` (:class:`BitMasks` of the size of ``image``) where every annotation of the
+        dataset has a mask. Crowds are left out.
 
     Raises:
         InputError: there is no test dataset, it has no boxes, or an image is at fault.
@@ -156,4 +157,4 @@ def images(analysed: AnalysedModel, number: int) -> Iterator[dict]:
             "recompute_boxes": False,
         }
     )
-    return (mapper(record) for record in islice(records, number))
+    return MapDataset(list(islice(records, number)), mapper)

@@ -22,6 +22,7 @@ __all__ = [
     "Scatter",
     "draw_bars",
     "draw_boxes",
+    "draw_dots",
     "draw_lines",
     "draw_looks",
     "draw_maps",
@@ -313,6 +314,30 @@ def draw_bars(
     grid[0].invert_yaxis()
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower left", ncols=1, frameon=False)
     figure.suptitle(title)
+    save(figure, path)
+
+
+def draw_dots(path: Path, values: dict[str, Sequence[float]], *, title: str, x_label: str) -> None:
+    """Draw a row for each kind of repeated measurement: a dot for each value, and a line at their mean.
+
+    Args:
+        path: of the PNG.
+        values: by the label of the row, the first one on top.
+        title: of the whole.
+        x_label: with the unit.
+    """
+    figure = Figure(figsize=(8, 1.2 + 0.32 * len(values)), layout="constrained")
+    axes = figure.subplots()
+    for i, numbers in enumerate(values.values()):
+        mean = sum(numbers) / len(numbers)
+        axes.plot([mean, mean], [i - 0.32, i + 0.32], color="black", linewidth=2)
+        axes.plot(numbers, [i] * len(numbers), "o", color="#0072b2", markersize=6, alpha=0.75, markeredgewidth=0)
+        axes.annotate(f"{mean:.1f}", (max(numbers), i), (8, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set(title=title, xlabel=x_label)
+    axes.set_yticks(range(len(values)), values)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.grid(axis="x", alpha=0.3)
     save(figure, path)
 
 

@@ -144,7 +144,7 @@ def measure_queries(models: Iterable[AnalysedModel], num_images: int, output: Pa
         counts = {name: [] for name in model.auxiliary_heads}
         distances = {name: ([], []) for name in model.auxiliary_heads}
         number = 0
-        for number, x in enumerate(tqdm(images(analysed, num_images), total=num_images, desc=analysed.name), 1):
+        for number, x in enumerate(tqdm(images(analysed, num_images), desc=analysed.name), 1):
             memory = model.encode(model.features(model.preprocess([x])))
             instances, size = x["instances"].to(model.device), tuple(x["image"].shape[-2:])
             reference = model.query_head.matching_queries_at_inference(memory).reference_boxes[0]

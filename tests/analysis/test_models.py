@@ -57,7 +57,7 @@ class TestModels:
 
     def test_images_have_masks_where_the_dataset_has(self, write_run, write_data):
         analysed = load_model("a", *write_run("run", write_data(masks=True)).split(","))
-        instances = next(images(analysed, 1))["instances"]
+        instances = images(analysed, 1)[0]["instances"]
         scale = instances.image_size[1] / 60
         assert instances.gt_masks.tensor.shape == (2, *instances.image_size)
         area = instances.gt_masks.tensor.sum((1, 2)) / scale**2

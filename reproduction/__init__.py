@@ -1,0 +1,1 @@
+"""The paper's claims in miniature: ``python -m reproduction`` trains, measures, and writes docs/reproduction.md."""
