@@ -31,6 +31,9 @@ help:
 	@echo 'make quickstart-co-dino  the same with a Co-DINO'
 	@echo 'make quickstart-trees    the first on photographs of tree crowns'
 	@echo 'make quickstart-nuclei   the first on a micrograph of cell nuclei, with their masks'
+	@echo 'make reproduce           the paper'"'"'s ablations on the digits, and its measurements: docs/reproduction.md (hours)'
+	@echo 'make reproduce-short     the same in minutes: two models, one seed'
+	@echo 'make reproduce-more      Co-DINO, and cell nuclei, for the same page'
 	@echo 'make test                check the style and run every test but the end-to-end run'
 	@echo 'make test-fast           the tests that take less than two minutes in all, for the inner loop'
 	@echo 'make test-end-to-end     a short training, evaluation and prediction through the command lines'
@@ -54,6 +57,16 @@ quickstart-trees: $(SETUP_DONE)
 
 quickstart-nuclei: $(SETUP_DONE)
 	$(RUN) tools/quick_start.py nuclei
+
+.PHONY: reproduce reproduce-short reproduce-more
+reproduce: $(SETUP_DONE)
+	$(RUN) -m reproduction full
+
+reproduce-short: $(SETUP_DONE)
+	$(RUN) -m reproduction short
+
+reproduce-more: $(SETUP_DONE)
+	$(RUN) -m reproduction more
 
 .PHONY: lint test test-fast test-end-to-end
 lint: $(SETUP_DONE)
