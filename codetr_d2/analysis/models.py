@@ -37,11 +37,14 @@ class ModelSpec:
     def parse(cls, text: str) -> "ModelSpec":
         """Read ``NAME=CONFIG[,WEIGHTS]``.
 
+        Of several "=" (a model called "K = 2") it is the first one with a file behind it that counts.
+
         Raises:
             InputError: it is nothing of the kind.
         """
-        name, _, files = text.partition("=")
-        config_file, _, weights = files.partition(",")
+        ends = [i for i, character in enumerate(text) if character == "="]
+        splits = [(text[:i].rstrip(), *text[i + 1 :].partition(",")[::2]) for i in ends] or [("", "", "")]
+        name, config_file, weights = next((x for x in splits if os.path.exists(os.path.expanduser(x[1]))), splits[0])
         if not name or not config_file:
             raise InputError(f"--model {text}: write it like --model NAME=CONFIG or --model NAME=CONFIG,WEIGHTS")
         return cls(name, config_file, weights)

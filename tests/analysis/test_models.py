@@ -13,6 +13,14 @@ def test_what_the_command_line_says_of_a_model():
             ModelSpec.parse(text)
 
 
+def test_a_name_with_an_equals_sign(tmp_path):
+    (tmp_path / "k=2.yaml").touch()
+    for files in ("k=2.yaml", "k=2.yaml,e=1.pth"):
+        config, _, weights = files.partition(",")
+        expected = ModelSpec("K = 2", str(tmp_path / config), weights)
+        assert ModelSpec.parse(f"K = 2={tmp_path / files}") == expected
+
+
 def spec(name, files):
     return ModelSpec.parse(f"{name}={files}")
 
