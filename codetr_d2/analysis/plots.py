@@ -153,7 +153,7 @@ def draw_maps(
         column[0].set_title(name, fontsize=9)
         for axes, value, (_, boxes) in zip(column, values, pictures):
             axes.imshow(value, cmap="viridis", interpolation="nearest")
-            axes.set(xticks=[], yticks=[], xlabel=f"{value.min():.3f} to {value.max():.3f}")
+            axes.set(xticks=[], yticks=[], xlabel=f"{value.min():.4f} to {value.max():.4f}")
             axes.xaxis.label.set_size(8)
             draw_boxes(axes, boxes, colour="white", width=0.8)
     scale = ScalarMappable(Normalize(0, 1), "viridis")
