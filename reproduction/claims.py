@@ -21,7 +21,7 @@ class Outcome:
     HOLDS = "holds"
     UNCLEAR = "does not show"
     REVERSED = "is the other way round"
-    ONE_SEED = "one seed, so no verdict"
+    ONE_SEED = "one seed: no verdict"
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:
@@ -73,15 +73,17 @@ class Comparison:
 
     def __str__(self) -> str:
         sides = " against ".join(mean_and_spread(x, self.digits) for x in (self.first, self.second))
-        text = f"{self.what} {self.outcome}: {sides} ({self.difference:+.{self.digits}f})."
+        text = f"{self.what}: {sides} ({self.difference:+.{self.digits}f}). **{self.outcome.capitalize()}**"
         if self.outcome != Outcome.UNCLEAR:
-            return text
+            return f"{text}."
         if self.seeds_needed is None:
             return (
-                f"{text} The ranges overlap, and the means are not on the claim's side; more seeds would hardly help."
+                f"{text}: the ranges overlap, and the means are not on the claim's side. More seeds would hardly help."
             )
         needed = f"about {self.seeds_needed} seeds of each"
-        return f"{text} The ranges overlap: it takes {needed} to tell so small a difference, or a scale that widens it."
+        return (
+            f"{text}: the ranges overlap. It takes {needed} to tell so small a difference, or a scale that widens it."
+        )
 
 
 @dataclass
@@ -219,12 +221,14 @@ def encoder(results: Results) -> Claim:
     return Claim(
         "The encoder's features tell objects from background better",
         rows,
-        _compare(results, "K = 2 against K = 0, the encoder's output,", "k2", "k0", value, digits=3),
+        _compare(results, "K = 2 against K = 0, the encoder's output", "k2", "k0", value, digits=3),
         [
             ("discriminability.png", "IoF-IoB curves of the first seed's models"),
             ("discriminability_maps.png", "Discriminability scores on the first pictures"),
         ],
-        "The area under the IoF-IoB curve (eq. 8) is 0.5 for chance, 1 for perfect. The paper has curves, no numbers.",
+        "The area under the IoF-IoB curve (eq. 8) is 0.5 for chance, 1 for perfect; below 0.5 the background has the "
+        "larger norms. The encoder ends in a LayerNorm: the norms of its output differ by about 1 percent, and the "
+        "learned scale of the channels decides which ones are larger. The paper has curves and no numbers.",
     )
 
 
@@ -240,6 +244,7 @@ def cross_attention(results: Results) -> Claim:
         _compare(results, "K = 2 against K = 0", "k2", "k0", value, digits=3),
         [
             ("attention.png", "IoF-IoB curves of the cross-attention, the first seed's models"),
+            ("attention_maps.png", "Attention scores on the first pictures"),
             ("attention_queries.png", "Where the best queries look"),
         ],
         "The paper has curves and no numbers.",
@@ -262,8 +267,8 @@ def stability(results: Results) -> Claim:
         "The matching is more stable",
         rows,
         [
-            *_compare(results, "K = 0 above K = 2, mean over the training,", "k0", "k2", value, digits=2),
-            *_compare(results, "K = 0 above K = 2, last evaluation,", "k0", "k2", last, digits=2),
+            *_compare(results, "K = 0 above K = 2, mean over the training", "k0", "k2", value, digits=2),
+            *_compare(results, "K = 0 above K = 2, last evaluation", "k0", "k2", last, digits=2),
         ],
         [("stability.png", "Instability of the matching during the training")],
         "IS is the number of queries of an image that changed their object since the evaluation before, 50 iterations "
@@ -316,14 +321,17 @@ def distances(results: Results) -> Claim:
             rows.append(
                 row | {"positives for an object": mean_and_spread(per_object), "the paper's": counts.get(head, "")}
             )
-            comparisons.append(Comparison(f"{title}, negatives against positives,", negative, positive, 4))
+            comparisons.append(Comparison(f"{title}, negatives against positives", negative, positive, 4))
     return Claim(
         "Positive queries are nearer to the original queries than negative ones",
         rows,
         comparisons,
-        [("queries.png", "Customised queries of K = 2, the first seed's model")],
+        [
+            ("queries.png", "Customised queries of K = 2, the first seed's model"),
+            ("queries_distance.png", "Their distance from the original queries"),
+        ],
         "Mean distance of centres from the nearest original query, as a share of the picture's diagonal. How the paper "
-        "measures it is not given. Of the models with this head alone.",
+        "measures it is not given. Of the models with this head alone, where there are some.",
     )
 
 

@@ -4,9 +4,10 @@ own, and the pictures that show several.
 
 import argparse
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 import codetr_d2  # noqa: F401 (registers the model)
 from codetr_d2.analysis import plots
@@ -101,7 +102,8 @@ def draw_pictures(runs: Sequence[Run], output: Path, results: Results, pictures:
     costs = compare_costs(specs([*compared, "k6"]), (), COST_SIZE, 5, 1, temporary)
 
     setting = runs[0].setting.name
-    title = f"{runs[0].setting.title}, mean over {len({x.seed for x in runs})} seed(s)"
+    seeds = len({x.seed for x in runs})
+    title = runs[0].setting.title + (f", mean over {seeds} seeds" if seeds > 1 else "")
     for name, what, of in (
         ("ap_by_iteration", "box AP on the test set, in percent", lambda x: x.ap_by_iteration),
         ("stability", "queries of an image that changed their object\nsince the evaluation before (IS)", _instability),
@@ -121,7 +123,8 @@ def draw_pictures(runs: Sequence[Run], output: Path, results: Results, pictures:
         x_label="box AP on the test set, in percent",
     )
     for file in temporary.glob("*.png"):
-        shutil.copy(file, pictures)
+        with Image.open(file) as image:  # in 256 colours, as the repository keeps them
+            image.convert("RGB").quantize(256).save(pictures / file.name, optimize=True)
     return [x for x in costs if x["module"] == "all"]
 
 

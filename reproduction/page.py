@@ -1,14 +1,18 @@
 """The page: what holds, and the numbers and pictures behind it."""
 
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 from tabulate import tabulate
 
-from .claims import CLAIMS, Claim, Comparison, Outcome
+from .claims import CLAIMS, Claim
 from .plans import PLANS, Setting
 from .results import Results
 
 __all__ = ["page_text", "write_page"]
+
+WIDTH = 120  # characters of a line of text
 
 INTRODUCTION = """\
 # The paper in miniature
@@ -27,7 +31,7 @@ def table(rows: list[dict]) -> str:
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def page_text(results: Results, costs: list[dict], folder: str, has_picture) -> str:
+def page_text(results: Results, costs: list[dict], folder: str, has_picture: Callable[[str], bool]) -> str:
     """The page as Markdown.
 
     Args:
@@ -36,7 +40,7 @@ def page_text(results: Results, costs: list[dict], folder: str, has_picture) -> 
         folder: where the pictures are, relative to the page.
         has_picture: (file name) -> whether there is such a picture.
     """
-    claims = [claim for build in CLAIMS if (claim := build(results)).rows]
+    claims = [claim for build in CLAIMS if (claim := build(results)).comparisons]
     parts = [INTRODUCTION, "## What holds\n", table([_summary(i, x) for i, x in enumerate(claims, 1)]) + "\n"]
     parts += [_section(i, claim, folder, has_picture) for i, claim in enumerate(claims, 1)]
     if costs:
@@ -46,32 +50,18 @@ def page_text(results: Results, costs: list[dict], folder: str, has_picture) -> 
 
 
 def _summary(number: int, claim: Claim) -> dict:
-    return {
-        "": number,
-        "the paper's claim": claim.title,
-        "here": claim.verdict if claim.comparisons else "not compared",
-    }
+    return {"": number, "the paper's claim": claim.title, "here": claim.verdict}
 
 
-def _section(number: int, claim: Claim, folder: str, has_picture) -> str:
+def _section(number: int, claim: Claim, folder: str, has_picture: Callable[[str], bool]) -> str:
     lines = [f"## {number}. {claim.title}\n", table(claim.rows) + "\n"]
-    if claim.notes:
-        lines.append(f"{claim.notes}\n")
-    lines += [f"* {_sentence(x)}" for x in claim.comparisons]
-    lines.append("")
-    for file, what in claim.pictures:
-        if has_picture(file):
-            lines.append(f"![{what}]({folder}/{file})\n")
-    return "\n".join(lines)
+    lines += [f"{textwrap.fill(claim.notes, WIDTH)}\n"] if claim.notes else []
+    lines += [textwrap.fill(f"* {x}", WIDTH, subsequent_indent="  ") for x in claim.comparisons]
+    lines += [f"\n![{what}]({folder}/{file})" for file, what in claim.pictures if has_picture(file)]
+    return "\n".join([*lines, ""])
 
 
-def _sentence(comparison: Comparison) -> str:
-    text = str(comparison)
-    mark = {Outcome.HOLDS, Outcome.UNCLEAR, Outcome.REVERSED} & {comparison.outcome}
-    return text.replace(comparison.outcome, f"**{comparison.outcome}**", 1) if mark else text
-
-
-def _cost_section(costs: list[dict], folder: str, has_picture) -> str:
+def _cost_section(costs: list[dict], folder: str, has_picture: Callable[[str], bool]) -> str:
     rows = []
     for x in costs:
         row = {"model": x["model"], "parameters in training": f"{x['parameters (M)']:.2f} M"}
@@ -94,6 +84,13 @@ def _how(results: Results, folder: str) -> str:
         runs = [x for x in results.runs if x.setting == name]
         row = {"": setting.title, "config": f"`{setting.config_file}`", "changed": _schedule(setting)}
         rows.append(row | {"runs": len(runs), "seeds": len({x.seed for x in runs})})
+    text = (
+        f"Trained and measured on {results.machine}. The seed decides on the first weights of all but the backbone, on "
+        "the order of the pictures, and on what is drawn at random. Measurements are made on the whole test set. "
+        "Pictures of models show those of the first seed. The numbers of every run: "
+        f"[results.json]({folder}/results.json). "
+        "[Analyse](analysis.md) says what each measurement is."
+    )
     return f"""\
 ## How it was made
 
@@ -104,10 +101,7 @@ make reproduce-more    # K = 0 and 2 of the other data and detectors
 
 {table(rows)}
 
-Trained and measured on {results.machine}. The seed decides on the first weights of all but the backbone, on the order
-of the pictures, and on what is drawn at random. Measurements are made on the whole test set. Pictures show the models
-of the first seed where they show models. The numbers of every run: [results.json]({folder}/results.json).
-[Analyse](analysis.md) says what each measurement is.
+{textwrap.fill(text, WIDTH)}
 """
 
 

@@ -190,7 +190,7 @@ def measure_queries(models: Iterable[AnalysedModel], num_images: int, output: Pa
     plots.draw_scatters(
         output / "queries.png",
         pictures,
-        title="Customised queries of the auxiliary heads, by the centres of their boxes",
+        title="Customised queries of the auxiliary heads,\nby the centres of their boxes",
     )
     distances = {
         kind: {f"{x['model']}: {x['head']}": x[f"{kind} distance"] for x in rows if x[f"{kind} distance"] is not None}

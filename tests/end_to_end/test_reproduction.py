@@ -42,7 +42,7 @@ def test_two_models_are_trained_measured_and_compared(tmp_path):
     for k in ("K = 0: no auxiliary head", "K = 2: ATSS + Faster R-CNN"):
         assert k in text
     pictures = {line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
-    assert {"reproduction_short/ap.png", "reproduction_short/conflict.png"} <= pictures
+    assert {f"reproduction_short/{x}.png" for x in ("ap", "attention", "queries", "stability", "cost")} <= pictures
     for picture in pictures:
         with Image.open(PAGE.parent / picture) as image:
             assert len(image.convert("L").getcolors(256)) > 10  # something is drawn
