@@ -5,11 +5,13 @@ operators then run in plain PyTorch and torchvision. ``CODETR_D2_NO_CPP=1`` leav
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -20,6 +22,16 @@ except ImportError as error:
     problem = f"PyTorch can't be imported ({error}). Install it, then run pip with --no-build-isolation."
 if os.environ.get("CODETR_D2_NO_CPP", "0") not in ("", "0"):
     problem = "CODETR_D2_NO_CPP is set."
+
+
+class BuildWithConfigs(build_py):
+    """Puts the configs beside ``codetr_d2.model_zoo``, which finds them at the top of a checkout otherwise."""
+
+    def run(self):
+        super().run()
+        if not getattr(self, "editable_mode", False):
+            target = Path(self.build_lib) / "codetr_d2" / "model_zoo" / "configs"
+            shutil.copytree("configs", target, dirs_exist_ok=True)
 
 
 class OptionalBuildExtension(BuildExtension):
@@ -79,6 +91,7 @@ setup(
         "pycocotools",
         "faster-coco-eval",
         "timm",
+        "huggingface_hub",
         "pillow",
         "matplotlib",
         "tqdm",
@@ -86,5 +99,5 @@ setup(
     ],
     extras_require={"dev": ["pytest", "ruff", "transformers"]},
     ext_modules=[extension],
-    cmdclass={"build_ext": OptionalBuildExtension},
+    cmdclass={"build_ext": OptionalBuildExtension, "build_py": BuildWithConfigs},
 )

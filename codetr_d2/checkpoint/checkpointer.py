@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError, named_disk_problems
 from ..modeling.facts import class_rows, stated
 from ..modeling.query_heads import QUERY_HEAD_REGISTRY
+from . import hugging_face  # noqa: F401 (detectron2's paths may begin with hf://)
 from .bare_backbone import adapt_backbone
 from .classes import adapt_classifiers, dataset_classes, match_classes, number_of_classes, rows_of
 from .finite import brief, check_finite, not_finite
@@ -188,8 +189,10 @@ class CoDETRCheckpointer(DetectionCheckpointer):
         """Download a file to where ``load`` finds it."""
         try:
             found, reason = os.path.isfile(self.path_manager.get_local_path(address)), "no such address is known"
+        except InputError:
+            raise
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
-            found, reason = False, error
+            found, reason = False, str(error).strip().split("\n")[0]
         if not found:
             raise InputError(
                 f"{address}: cannot be fetched ({reason}); check the address and the network, or download the file by "
