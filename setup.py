@@ -84,7 +84,7 @@ setup(
         "tqdm",
         # OpenCV too, as opencv-python or opencv-python-headless: detectron2 and the demo import cv2 from either.
     ],
-    extras_require={"dev": ["pytest", "ruff", "transformers"]},
+    extras_require={"dev": ["pytest", "ruff", "transformers", "globox"]},
     ext_modules=[extension],
     cmdclass={"build_ext": OptionalBuildExtension},
 )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import InputError
 
-__all__ = ["NO_PICTURES", "check_image_file", "is_image_file", "read_image"]
+__all__ = ["NO_PICTURES", "check_image_file", "image_size", "is_image_file", "read_image"]
 
 # Formats whose headers Pillow reads and whose pictures it doesn't: videos, scientific data, drawings.
 NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
@@ -191,6 +191,20 @@ def check_image_file(file_name: str | os.PathLike, size: tuple[int, int] | None 
         raise InputError(f"{file_name} cannot be opened ({error.strerror or error}). Check the path.") from error
     if not whole:
         read_image(file_name, size=size)
+
+
+def image_size(file_name: str | os.PathLike) -> tuple[int, int]:
+    """(width, height) in pixels of a picture as it looks, with its EXIF orientation applied; only its header is read.
+
+    Raises:
+        InputError: as :func:`read_image`.
+    """
+    file_name = os.fspath(file_name)
+    try:
+        with PathManager.open(file_name, "rb") as file:
+            return _upright_size(_open(file_name, file))
+    except OSError as error:
+        raise InputError(f"{file_name} cannot be opened ({error.strerror or error}). Check the path.") from error
 
 
 def is_image_file(file_name: str | os.PathLike) -> bool:
