@@ -39,13 +39,14 @@ def write_coco_folder(
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            for split in dict.fromkeys(splits):
+            for split in set(splits):
                 _write_split(export, [x == split for x in splits], temporary, split, copy)
             temporary.chmod(0o755)
             os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return {split: (folder / split, folder / f"{split}.json") for split in dict.fromkeys(splits)}
+    used = [x for x in ("train", "val", "test") if x in splits]
+    return {split: (folder / split, folder / f"{split}.json") for split in used}
 
 
 def _write_split(export: Export, is_chosen: list[bool], folder: Path, split: str, copy: bool) -> None:
