@@ -17,28 +17,29 @@ __all__ = ["find_problems", "picture_prints", "similar_pictures"]
 _OVERHANG = 1.0  # pixels that a box may stick out of its image: rounding
 _SAME_OBJECT = 0.9  # IoU of boxes that are of one object twice
 _DIFFERENT_BITS = 16  # of 256, at most, of pictures that are nearly identical
-_DIFFERENT_LEVELS = 10.0  # of brightness, on average, likewise
+_DIFFERENT_LEVELS = 10.0  # of 255, on average, likewise
+_DIFFERENT_LEVELS_AT_MOST = 40.0  # of 255, at any place: an object that is in one picture alone
 _PRINT_SIZE = (17, 16)  # width and height: 16 x 16 comparisons of neighbours
 
 
 def picture_prints(images: Sequence[dict]) -> tuple[np.ndarray, list[Problem]]:
-    """Read every picture, and keep of each a small grey one by which similar ones are found.
+    """Read every picture, and keep of each a small one by which similar ones are found.
 
     Args:
         images: of a COCO dict, with absolute ``file_name``.
 
     Returns:
-        [N, 16, 17] uint8, zeros where a picture cannot be read, and those pictures as problems.
+        [N, 16, 17, 3] uint8, zeros where a picture cannot be read, and those pictures as problems.
     """
 
     def shrink(image: dict) -> np.ndarray | InputError:
         try:
-            pixels = read_image(image["file_name"], "L", (image["width"], image["height"]))
+            pixels = read_image(image["file_name"], "RGB", (image["width"], image["height"]))
         except InputError as error:
             return error
-        return cv2.resize(pixels[..., 0], _PRINT_SIZE, interpolation=cv2.INTER_AREA)
+        return cv2.resize(pixels, _PRINT_SIZE, interpolation=cv2.INTER_AREA)
 
-    prints = np.zeros((len(images), *reversed(_PRINT_SIZE)), dtype=np.uint8)
+    prints = np.zeros((len(images), *reversed(_PRINT_SIZE), 3), dtype=np.uint8)
     problems = []
     with ThreadPoolExecutor() as pool:
         found = tqdm(pool.map(shrink, images), total=len(images), desc="Reading pictures", unit="", disable=None)
@@ -53,24 +54,23 @@ def picture_prints(images: Sequence[dict]) -> tuple[np.ndarray, list[Problem]]:
 def similar_pictures(first: np.ndarray, second: np.ndarray) -> list[tuple[int, int]]:
     """Pairs of nearly identical pictures: of other sizes or qualities, perhaps a little brighter, but not moved.
 
-    Their neighbouring pixels differ in the same directions (a difference hash), and their brightness is about the same.
+    Their neighbouring pixels differ in the same directions (a difference hash), and their colours are about the same.
 
     Args:
-        first: [N, 16, 17] from :func:`picture_prints`.
-        second: [M, 16, 17] likewise.
+        first: [N, 16, 17, 3] from :func:`picture_prints`.
+        second: [M, 16, 17, 3] likewise.
 
     Returns:
         Pairs of an index of ``first`` and one of ``second``.
     """
-    signs = [
-        np.where(x[:, :, 1:] > x[:, :, :-1], 1, -1).reshape(len(x), -1).astype(np.float32) for x in (first, second)
-    ]
+    greys = [x.astype(np.float32).mean(axis=3) for x in (first, second)]
+    signs = [np.where(np.diff(x, axis=2) > 0, 1, -1).reshape(len(x), -1).astype(np.float32) for x in greys]
     pairs = []
     for start in range(0, len(first), 1000):  # a block of the matrix of all pairs at a time
         different = (signs[0].shape[1] - signs[0][start : start + 1000] @ signs[1].T) / 2
         for i, j in zip(*np.nonzero(different <= _DIFFERENT_BITS)):
-            a, b = first[start + i].astype(np.float32), second[j].astype(np.float32)
-            if np.abs(a - b).mean() <= _DIFFERENT_LEVELS:
+            levels = np.abs(first[start + i].astype(np.float32) - second[j])
+            if levels.mean() <= _DIFFERENT_LEVELS and levels.max() <= _DIFFERENT_LEVELS_AT_MOST:
                 pairs.append((int(start + i), int(j)))
     return pairs
 

@@ -19,7 +19,7 @@ def dataset(boxes, splits=("train",), names=("cat", "dog"), size=(100, 80)):
 def problems(*args, prints=None, **kwargs):
     coco, splits = dataset(*args, **kwargs)
     if prints is None:  # all unlike each other
-        prints = np.random.default_rng(0).integers(0, 255, (len(splits), 16, 17), dtype=np.uint8)
+        prints = np.random.default_rng(0).integers(0, 255, (len(splits), 16, 17, 3), dtype=np.uint8)
     return find_problems(coco, splits, prints)
 
 
@@ -85,6 +85,7 @@ def pictures(folder):
         "noisy": np.clip(first + rng.normal(0, 3, first.shape), 0, 255).astype(np.uint8),
         "flipped": first[:, ::-1],
         "moved": np.roll(first, 40, axis=1),
+        "with an object": cv2.rectangle(first.copy(), (100, 80), (120, 100), 255, -1),
         "other": scene(),
         "another": scene(),
     }
@@ -98,13 +99,13 @@ def pictures(folder):
 
 def test_similar_pictures(tmp_path):
     prints, unreadable = picture_prints(pictures(tmp_path))
-    assert unreadable == [] and prints.shape == (8, 16, 17)
+    assert unreadable == [] and prints.shape == (9, 16, 17, 3)
     assert similar_pictures(prints[:1], prints) == [(0, 0), (0, 1), (0, 2), (0, 3)]
-    assert similar_pictures(prints[4:], prints[4:]) == [(i, i) for i in range(4)]
+    assert similar_pictures(prints[4:], prints[4:]) == [(i, i) for i in range(5)]
 
 
 def test_pictures_of_two_splits(tmp_path):
-    prints, _ = picture_prints(pictures(tmp_path))
+    prints = np.delete(picture_prints(pictures(tmp_path))[0], 6, axis=0)
     splits = ("train", "val", "train", "test", "train", "train", "val", "val")
     found = problems([(0, 0, (1, 1, 9, 9)), (1, 0, (1, 1, 9, 9))], splits, ("cat",), prints=prints)
     pairs = {(x.detail.split(" ")[0], x.detail.split(" ")[5]) for x in found}
