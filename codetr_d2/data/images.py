@@ -140,12 +140,15 @@ def read_image(file_name: str | os.PathLike, format: str = "BGR", size: tuple[in
 
 def _read(file_name: str, file: BinaryIO, format: str, size: tuple[int, int] | None) -> np.ndarray:
     image = _open(file_name, file)
+    try:
+        image.load()  # first: asked for its EXIF block, Pillow decodes a PNG too, and no error comes a second time
+    except _DAMAGE as error:
+        raise _damaged(file_name, error) from error
     upright = True
     if size is not None:
         _check_size(file_name, image, size)
         upright = size == _upright_size(image)
     try:
-        image.load()
         if upright and _orientation(image) in _UPRIGHT:
             image = image.transpose(_UPRIGHT[_orientation(image)])
         if image.mode in _DEEP_MODES:
@@ -154,10 +157,14 @@ def _read(file_name: str, file: BinaryIO, format: str, size: tuple[int, int] | N
             image = image.convert("RGBA")  # Pillow warns about some transparent palettes otherwise
         return np.require(convert_PIL_to_numpy(image, format), requirements=["C", "W"])
     except _DAMAGE as error:
-        raise InputError(
-            f"{file_name} is truncated or damaged ({error or type(error).__name__}). "
-            "Replace the file, or remove it from the dataset."
-        ) from error
+        raise _damaged(file_name, error) from error
+
+
+def _damaged(file_name: str, error: Exception) -> InputError:
+    return InputError(
+        f"{file_name} is truncated or damaged ({error or type(error).__name__}). "
+        "Replace the file, or remove it from the dataset."
+    )
 
 
 def check_image_file(file_name: str | os.PathLike, size: tuple[int, int] | None = None) -> None:
