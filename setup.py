@@ -66,7 +66,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["codetr_d2", "codetr_d2.*"]),
-    package_data={"codetr_d2.ops": ["*.h", "*/*.cpp", "*/*.h"]},
+    package_data={"codetr_d2.ops": ["*.h", "*/*.cpp", "*/*.h"], "codetr_d2.report": ["*.html"]},
     install_requires=[
         "torch>=2.6",  # reads checkpoints of strangers without running what they hold
         "torchvision",
@@ -82,6 +82,7 @@ setup(
         "pillow",
         "matplotlib",
         "tqdm",
+        "jinja2",
         # OpenCV too, as opencv-python or opencv-python-headless: detectron2 and the demo import cv2 from either.
     ],
     extras_require={"dev": ["pytest", "ruff", "transformers", "globox"]},

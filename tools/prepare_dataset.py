@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make a dataset of a labelling tool's export, and a config that is ready to train on it.
+"""Make a dataset of a labelling tool's export, a page that shows it, and a config that is ready to train on it.
 
     python tools/prepare_dataset.py SOURCE --output datasets/mine
     python train_net.py --config-file datasets/mine/config.yaml
@@ -19,10 +19,12 @@ import torch
 from tabulate import tabulate
 
 from codetr_d2.config.suggest import DatasetFacts, Machine, suggest_config, write_config
+from codetr_d2.data.checks_of_dataset import find_problems, picture_prints
 from codetr_d2.data.formats import FORMATS, read_export
 from codetr_d2.data.formats.write import write_coco_folder
 from codetr_d2.data.split import split_images
 from codetr_d2.errors import InputError, named_disk_problems
+from codetr_d2.report.dataset_page import summarize, write_dataset_page
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_WEIGHTS = ROOT / "datasets" / "weights" / "tf_efficientnet_lite0.pth"
@@ -103,6 +105,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         machine = find_machine(args)
         export = read_export(args.source.expanduser(), args.images and args.images.expanduser(), args.format)
+        prints, unreadable = picture_prints(export.coco["images"])
+        if unreadable:
+            broken = {x.image_id for x in unreadable}
+            prints = prints[[x["id"] not in broken for x in export.coco["images"]]]
+            export.leave_out(unreadable)
         images = export.coco["images"]
         classes = defaultdict(set)
         for annotation in export.coco["annotations"]:
@@ -123,15 +130,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"output/{output.name}",
                 str(SMALL_WEIGHTS) if is_small else "",
             )
+            problems = [*export.problems, *find_problems(export.coco, splits, prints)]
+            summary = summarize(output.name, export, splits, problems)
+            write_dataset_page(output / "dataset.html", summary, export, splits)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"Read as {export.format}.\n")
     print(describe(export.coco, splits))
-    for kind, number in Counter(x.kind for x in export.problems).most_common():
-        first = next(x.detail for x in export.problems if x.kind == kind)
-        print(f"Left out: {kind}, {number} times; first: {first}")
-    print(f"\nDataset and config: {output}")
+    if problems:
+        print("\nWhat looks wrong, each with its picture in dataset.html:")
+    for kind, found in summary.problems.items():
+        print(f"  {len(found)} x {kind}; first: {found[0].detail}")
+    print(f"\nLook at it: {output / 'dataset.html'}")
     if is_small and not SMALL_WEIGHTS.is_file():
         fetch_small_weights()
     print(f"Next:  python train_net.py --config-file {output / 'config.yaml'}")

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -161,6 +162,11 @@ def _classes(coco: dict, splits: Sequence[str], names: dict) -> list[Problem]:
     return problems
 
 
+def _short(image: dict) -> str:
+    """The name of a picture with its folder's."""
+    return "/".join(Path(image["file_name"]).parts[-2:])
+
+
 def _similar(images: list[dict], splits: Sequence[str], prints: np.ndarray) -> list[Problem]:
     """Pictures of different splits that show the same: what is evaluated then was trained on."""
     indices = {split: np.array([i for i, x in enumerate(splits) if x == split]) for split in ("train", "val", "test")}
@@ -170,6 +176,6 @@ def _similar(images: list[dict], splits: Sequence[str], prints: np.ndarray) -> l
             continue
         for i, j in similar_pictures(prints[indices[one]], prints[indices[other]]):
             first, second = images[indices[one][i]], images[indices[other][j]]
-            detail = f"{second['file_name']} of {other} is nearly {first['file_name']} of {one}"
-            problems.append(Problem("picture of two splits", detail, second["id"]))
+            detail = f"{_short(second)} of {other} is nearly {_short(first)} of {one}"
+            problems.append(Problem("picture of two splits", detail, second["id"], other_image_id=first["id"]))
     return problems

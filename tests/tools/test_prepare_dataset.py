@@ -85,7 +85,7 @@ def test_what_was_left_out_is_said(prepare, tmp_path, capsys):
     exports.coco(tmp_path / "coco")
     (tmp_path / "coco" / "images" / "b.jpg").write_bytes(b"")
     prepare.main([str(tmp_path / "coco"), "--output", str(tmp_path / "mine"), "--device", "cpu"])
-    assert "Left out: unreadable picture, 1 times; first: " in capsys.readouterr().out
+    assert "1 x unreadable picture; first: " in capsys.readouterr().out
 
 
 @pytest.mark.slow

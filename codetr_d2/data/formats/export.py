@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -38,12 +38,14 @@ class Problem:
         detail: what exactly, where.
         image_id: of the picture that it is in; None where it is in none that can be shown.
         bbox: ``[x, y, width, height]`` in pixels of what it is about; None for the whole picture.
+        other_image_id: of a second picture that it is about.
     """
 
     kind: str
     detail: str
     image_id: int | None = None
     bbox: list[float] | None = None
+    other_image_id: int | None = None
 
 
 @dataclass
@@ -62,6 +64,19 @@ class Export:
     format: str
     coco: dict
     problems: list[Problem] = field(default_factory=list)
+
+    def leave_out(self, problems: list["Problem"]) -> None:
+        """Remove the pictures that the problems are of, which then are this export's.
+
+        Raises:
+            InputError: no picture is left.
+        """
+        ids = {x.image_id for x in problems}
+        self.coco["images"] = [x for x in self.coco["images"] if x["id"] not in ids]
+        self.coco["annotations"] = [x for x in self.coco["annotations"] if x["image_id"] not in ids]
+        if not self.coco["images"]:
+            raise InputError(f"no picture of this {self.format} export can be read; first: {problems[0].detail}")
+        self.problems = [replace(x, image_id=None) if x.image_id in ids else x for x in [*self.problems, *problems]]
 
 
 @dataclass
