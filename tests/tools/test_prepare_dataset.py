@@ -1,14 +1,12 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import train_net
 from tests.data.formats import exports
-from tests.tools.conftest import TOOLS
 
 
 @pytest.fixture
@@ -89,25 +87,24 @@ def test_what_was_left_out_is_said(prepare, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_config_trains(prepare, tmp_path):
-    """From a YOLO folder to the files of a run, by the command that the program names; without the backbone's."""
+def test_the_config_trains(prepare, tmp_path, monkeypatch, caplog):
+    """From a YOLO folder to the files of a run, by the command that the program names; the model is made small here."""
     yolo_folder(tmp_path / "yolo")
     prepare.main([str(tmp_path / "yolo"), "--output", str(tmp_path / "mine"), "--device", "cpu"])
-    command = [sys.executable, str(TOOLS.parent / "train_net.py"), "--config-file", str(tmp_path / "mine/config.yaml")]
-    command += [
-        "MODEL.WEIGHTS",
-        "",
-        "SOLVER.MAX_EPOCHS",
-        "0",
-        "SOLVER.MAX_ITER",
-        "2",
-        "OUTPUT_DIR",
-        str(tmp_path / "run"),
-    ]
-    command += ["SOLVER.STEPS_EPOCHS", "()"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=None)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "run" / "model_final.pth").is_file()
-    assert "no anchor suits" not in done.stdout + done.stderr
-    metrics = [json.loads(x) for x in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "MODEL.WEIGHTS": "",
+        "MODEL.CODETR.EMBED_DIM": 32,
+        "MODEL.CODETR.ENCODER.NUM_LAYERS": 1,
+        "MODEL.CODETR.DECODER.NUM_LAYERS": 1,
+        "SOLVER.MAX_EPOCHS": 0,
+        "SOLVER.STEPS_EPOCHS": (),
+        "SOLVER.MAX_ITER": 2,
+    }
+    train_net.main(["--config-file", "mine/config.yaml", *(str(x) for pair in options.items() for x in pair)])
+    output = tmp_path / "output" / "mine"
+    assert (output / "model_final.pth").is_file()
+    metrics = [json.loads(x) for x in (output / "metrics.json").read_text().splitlines()]
     assert any("bbox/AP" in x for x in metrics)
+    assert json.loads((output / "inference" / "coco_instances_results.json").read_text())
+    assert not any("no anchor suits" in x.getMessage() for x in caplog.records)
