@@ -20,14 +20,12 @@ class DatasetFacts:
         image_sizes: [N, 2] (width, height) in pixels.
         box_sizes: [M, 2] (width, height) in pixels of the objects that have an area.
         owners: [M] index of each object's image.
-        has_masks: whether every object has a mask.
     """
 
     class_names: list[str]
     image_sizes: np.ndarray
     box_sizes: np.ndarray
     owners: np.ndarray
-    has_masks: bool
 
     @classmethod
     def of_coco(cls, coco: dict, is_chosen: Sequence[bool]) -> "DatasetFacts":
@@ -41,7 +39,6 @@ class DatasetFacts:
             np.array([(x["width"], x["height"]) for x in images], dtype=np.float64).reshape(-1, 2),
             np.array([x["bbox"][2:] for x in objects], dtype=np.float64).reshape(-1, 2),
             np.array([index[x["image_id"]] for x in objects], dtype=np.int64),
-            bool(objects) and all(x.get("segmentation") for x in objects),
         )
 
 

@@ -22,7 +22,7 @@ def facts(side, image=(640, 480), number=200, per_image=3):
     rng = np.random.default_rng(0)
     sides = side * np.exp(rng.normal(0, 0.2, (number * per_image, 2)))
     owners = np.repeat(np.arange(number), per_image)
-    return DatasetFacts(["a", "b"], np.array([image] * number, dtype=float), sides, owners, False)
+    return DatasetFacts(["a", "b"], np.array([image] * number, dtype=float), sides, owners)
 
 
 def load(suggestion, tmp_path):
@@ -156,7 +156,6 @@ def test_facts_of_a_dataset():
     found = DatasetFacts.of_coco(coco, [True, False, True])
     assert found.image_sizes.tolist() == [[10, 5], [30, 5]] and found.class_names == ["x"]
     assert found.box_sizes.tolist() == [[4, 2], [6, 1]] and found.owners.tolist() == [0, 1]
-    assert not found.has_masks
 
 
 def test_pictures_without_objects(tmp_path):

@@ -1,5 +1,8 @@
 """COCO's json, as of Roboflow, CVAT, Label Studio and many more: one file, or one for each split."""
 
+import re
+from pathlib import Path
+
 from ..json_file import read_annotation_json
 from .export import Export, ExportBuilder, Source, split_in, split_of_folders
 
@@ -12,7 +15,7 @@ def read_coco(source: Source) -> Export:
     Categories of the same name in several files are one. A category that is nothing but the supercategory of others and
     has no annotations, as Roboflow writes it, is left out.
     """
-    contents = {file: read_annotation_json(str(file)) for file in source.files}
+    contents = {file: read_annotation_json(str(file)) for file in _of_objects(source.files)}
     categories = [category for data in contents.values() for category in data["categories"]]
     used = {x.get("category_id") for data in contents.values() for x in data.get("annotations") or []}
     parents = {x.get("supercategory") for x in categories} - {"none"}
@@ -41,3 +44,10 @@ def read_coco(source: Source) -> Export:
 
             builder.read(file, parse)
     return builder.export()
+
+
+def _of_objects(files: list[Path]) -> list[Path]:
+    """The files of objects, where a folder has others of the same pictures too, as that of COCO itself."""
+    instances = [x for x in files if x.stem.startswith("instances")]
+    others = [x for x in files if not re.search("captions|keypoints|panoptic|stuff|image_info", x.stem)]
+    return instances or others or files

@@ -67,7 +67,7 @@ def _find_files(path: Path, format: str) -> dict[str, list[Path]]:
     wanted = {".yaml": "yolo", ".yml": "yolo", ".json": "", ".xml": ""}
     for file in sorted(files, key=lambda x: (len(x.parts), x)):
         suffix = file.suffix.lower()
-        if suffix == ".txt" and file.name in ("classes.txt", "obj.names"):
+        if file.name in ("classes.txt", "obj.names"):
             name = "yolo"
         elif suffix not in wanted:
             continue

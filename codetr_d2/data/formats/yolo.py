@@ -1,11 +1,11 @@
-"""YOLO's text files, boxes or polygons, with data.yaml (Ultralytics, Roboflow, CVAT) or classes.txt (Label Studio)."""
+"""YOLO's text files, boxes or polygons, with data.yaml or a list of classes."""
 
 from pathlib import Path
 
 import yaml
 
 from ...errors import InputError
-from .export import Export, ExportBuilder, Source, pictures_in, split_of_folders
+from .export import Export, ExportBuilder, PictureFolder, Source, pictures_in, split_of_folders
 
 __all__ = ["read_yolo", "read_yolo_yaml"]
 
@@ -22,14 +22,15 @@ def read_yolo_yaml(file: Path) -> dict | None:
 
 
 def read_yolo(source: Source) -> Export:
-    """Read a folder; ``source.files`` has its data.yaml or its classes.txt.
+    """Read a folder; ``source.files`` has its data.yaml (Ultralytics, Roboflow, CVAT), classes.txt (Label Studio) or
+    obj.names (Darknet, CVAT).
 
     The label file of ``images/x/a.jpg`` is ``labels/x/a.txt``, or lies beside the picture. A picture without one has no
     objects. Lines of five or six numbers are boxes (the sixth is a score), longer ones polygons, or with ``kpt_shape``
     in the data.yaml boxes with key points.
     """
     file = source.files[0]
-    if file.suffix == ".txt":
+    if file.suffix in (".txt", ".names"):
         names = dict(enumerate(x.strip() for x in file.read_text(encoding="utf-8-sig").splitlines() if x.strip()))
         splits, num_keypoints = {}, 0
     else:
@@ -46,7 +47,7 @@ def read_yolo(source: Source) -> Export:
             (picture, split)
             for split, places in splits.items()
             for place in (places if isinstance(places, list) else [places])
-            for picture in _pictures_at(str(place), root, file)
+            for picture in _pictures_at(str(place), root, file, source.pictures)
         ]
         if not pictures:
             raise InputError(
@@ -71,7 +72,7 @@ def read_yolo(source: Source) -> Export:
     return builder.export()
 
 
-def _pictures_at(place: str, root: Path, file: Path) -> list[Path]:
+def _pictures_at(place: str, root: Path, file: Path, pictures: PictureFolder) -> list[Path]:
     """The pictures that an entry of data.yaml names: of a folder, or of a text file that lists them.
 
     Roboflow writes ``../train/images`` for what is ``train/images`` beside the data.yaml.
@@ -82,9 +83,7 @@ def _pictures_at(place: str, root: Path, file: Path) -> list[Path]:
             return pictures_in(candidate)
         if candidate.is_file() and candidate.suffix == ".txt":
             listed = [x.strip() for x in candidate.read_text(encoding="utf-8-sig").splitlines() if x.strip()]
-            bases = (candidate.parent, root, file.parent)
-            found = [next((b / x for b in bases if (b / x).is_file()), candidate.parent / x) for x in listed]
-            return [x.absolute() for x in found]
+            return [pictures.find(x, root) or (root / x).absolute() for x in listed]
     return []
 
 

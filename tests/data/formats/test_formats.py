@@ -128,6 +128,39 @@ def test_lists_of_yolo(tmp_path):
     assert splits == {"a.png": "train", "b.png": "val"}
 
 
+def test_lists_of_another_root(tmp_path):
+    """As CVAT writes them."""
+    one_picture(tmp_path / "images" / "train")
+    exports.write_text(tmp_path / "labels" / "train" / "a.txt", "0 0.5 0.5 0.2 0.5")
+    exports.write_text(tmp_path / "data.yaml", "path: .\ntrain: train.txt\nnames: {0: x}\n")
+    exports.write_text(tmp_path / "train.txt", "data/images/train/a.png\n")
+    assert objects(read_export(tmp_path))["a.png"] == [("x", [40, 20, 20, 40], None)]
+
+
+def test_darknet(tmp_path):
+    """Labels beside the pictures, classes in obj.names, splits by folder."""
+    for split in ("train", "valid"):
+        one_picture(tmp_path / f"obj_{split}_data", name=f"{split}.png")
+        exports.write_text(tmp_path / f"obj_{split}_data" / f"{split}.txt", "1 0.5 0.5 0.2 0.5")
+    exports.write_text(tmp_path / "obj.names", "x\ny\n")
+    exports.write_text(tmp_path / "obj.data", "classes = 2\nnames = data/obj.names\n")
+    export = read_export(tmp_path)
+    assert objects(export) == {f"{x}.png": [("y", [40, 20, 20, 40], None)] for x in ("train", "valid")}
+    assert {x["split"] for x in export.coco["images"]} == {"train", "val"}
+
+
+def test_other_annotations_of_the_same_pictures(tmp_path):
+    """As beside COCO's own: persons with key points are objects of the other file already."""
+    exports.coco(tmp_path)
+    for name in ("instances_train2017", "person_keypoints_train2017", "captions_train2017"):
+        exports.write_text(tmp_path / "annotations" / f"{name}.json", (tmp_path / "annotations.json").read_text())
+    (tmp_path / "annotations.json").unlink()
+    export = read_export(tmp_path)
+    assert len(export.coco["annotations"]) == 3 and {x["split"] for x in export.coco["images"]} == {"train"}
+    (tmp_path / "annotations" / "instances_train2017.json").rename(tmp_path / "annotations" / "boxes.json")
+    assert len(read_export(tmp_path).coco["annotations"]) == 3
+
+
 def test_yolo_of_missing_folders(tmp_path):
     exports.write_text(tmp_path / "data.yaml", "path: /nowhere/pets\ntrain: images/train\nnames: [x]\n")
     with pytest.raises(InputError, match=r"data\.yaml: its train name no folder with pictures"):
