@@ -6,12 +6,14 @@ from .export import Export, ExportBuilder, Source, split_of_folders
 
 __all__ = ["read_pascal_voc"]
 
+_FROM_1 = ("The VOC", "roboflow.ai")  # databases of files that count pixels from 1: PASCAL's own, supervision's
+
 
 def read_pascal_voc(source: Source) -> Export:
     """Read the XML files. Splits are known by ``ImageSets/Main/train.txt`` and so on, or by the names of folders.
 
-    Tools write the edges of a box as they are; PASCAL's own files count pixels from 1, and are known by the name of
-    their database. Objects that are "difficult" count as any other.
+    Tools write the edges of a box as they are; PASCAL's own files and those of supervision count pixels from 1, and are
+    known by the name of their database. Objects that are "difficult" count as any other.
     """
     builder = ExportBuilder("Pascal VOC")
     listed = {}
@@ -37,7 +39,7 @@ def read_pascal_voc(source: Source) -> Export:
             image = builder.picture(picture, f"{name or file.stem} of {file}", split, claimed)
             if image is None:
                 return
-            first = 1 if (root.findtext("source/database") or "").startswith("The VOC") else 0
+            first = 1 if (root.findtext("source/database") or "").startswith(_FROM_1) else 0
             for entry in root.iter("object"):
                 box = entry.find("bndbox")
                 x0, y0, x1, y1 = (float(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))

@@ -167,11 +167,10 @@ def test_yolo_of_missing_folders(tmp_path):
         read_export(tmp_path)
 
 
-def test_original_pascal_files_count_from_1(tmp_path):
+@pytest.mark.parametrize("database", ["The VOC2007 Database", "roboflow.ai"])
+def test_files_that_count_from_1(database, tmp_path):
     one_picture(tmp_path, (64, 48))
-    text = exports.voc_xml("a.png").replace(
-        "<folder>", "<source><database>The VOC2007 Database</database></source><folder>"
-    )
+    text = exports.voc_xml("a.png").replace("<folder>", f"<source><database>{database}</database></source><folder>")
     exports.write_text(tmp_path / "a.xml", text)
     assert objects(read_export(tmp_path))["a.png"][0][1] == [9, 11, 21, 17]
 
