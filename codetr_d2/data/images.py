@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import InputError
 
-__all__ = ["NO_PICTURES", "check_image_file", "is_image_file", "read_image"]
+__all__ = ["NO_PICTURES", "check_image_file", "image_size", "is_image_file", "read_image"]
 
 # Formats whose headers Pillow reads and whose pictures it doesn't: videos, scientific data, drawings.
 NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
@@ -140,12 +140,15 @@ def read_image(file_name: str | os.PathLike, format: str = "BGR", size: tuple[in
 
 def _read(file_name: str, file: BinaryIO, format: str, size: tuple[int, int] | None) -> np.ndarray:
     image = _open(file_name, file)
+    try:
+        image.load()  # first: asked for its EXIF block, Pillow decodes a PNG too, and no error comes a second time
+    except _DAMAGE as error:
+        raise _damaged(file_name, error) from error
     upright = True
     if size is not None:
         _check_size(file_name, image, size)
         upright = size == _upright_size(image)
     try:
-        image.load()
         if upright and _orientation(image) in _UPRIGHT:
             image = image.transpose(_UPRIGHT[_orientation(image)])
         if image.mode in _DEEP_MODES:
@@ -154,10 +157,14 @@ def _read(file_name: str, file: BinaryIO, format: str, size: tuple[int, int] | N
             image = image.convert("RGBA")  # Pillow warns about some transparent palettes otherwise
         return np.require(convert_PIL_to_numpy(image, format), requirements=["C", "W"])
     except _DAMAGE as error:
-        raise InputError(
-            f"{file_name} is truncated or damaged ({error or type(error).__name__}). "
-            "Replace the file, or remove it from the dataset."
-        ) from error
+        raise _damaged(file_name, error) from error
+
+
+def _damaged(file_name: str, error: Exception) -> InputError:
+    return InputError(
+        f"{file_name} is truncated or damaged ({error or type(error).__name__}). "
+        "Replace the file, or remove it from the dataset."
+    )
 
 
 def check_image_file(file_name: str | os.PathLike, size: tuple[int, int] | None = None) -> None:
@@ -191,6 +198,20 @@ def check_image_file(file_name: str | os.PathLike, size: tuple[int, int] | None 
         raise InputError(f"{file_name} cannot be opened ({error.strerror or error}). Check the path.") from error
     if not whole:
         read_image(file_name, size=size)
+
+
+def image_size(file_name: str | os.PathLike) -> tuple[int, int]:
+    """(width, height) in pixels of a picture as it looks, with its EXIF orientation applied; only its header is read.
+
+    Raises:
+        InputError: as :func:`read_image`.
+    """
+    file_name = os.fspath(file_name)
+    try:
+        with PathManager.open(file_name, "rb") as file:
+            return _upright_size(_open(file_name, file))
+    except OSError as error:
+        raise InputError(f"{file_name} cannot be opened ({error.strerror or error}). Check the path.") from error
 
 
 def is_image_file(file_name: str | os.PathLike) -> bool:

@@ -136,14 +136,15 @@ def test_truncated_files(tmp_path, suffix, share):
             read(path)
 
 
-def test_damaged_in_the_middle(tmp_path):
+@pytest.mark.parametrize("size", [None, (64, 64)])
+def test_damaged_in_the_middle(size, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = save(noise, tmp_path / "x.png")
     content = bytearray(path.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 100] = bytes(100)
     path.write_bytes(content)
     with pytest.raises(InputError, match="x.png is truncated or damaged"):
-        read_image(path)
+        read_image(path, size=size)
 
 
 def test_files_that_are_no_images(tmp_path):

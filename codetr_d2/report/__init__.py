@@ -1,0 +1,1 @@
+"""Pages that people open: computed apart from shown, one file each, without network."""

@@ -1,0 +1,110 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_net
+from tests.data.formats import exports
+
+
+@pytest.fixture
+def prepare(tool, tmp_path, monkeypatch):
+    module = tool("prepare_dataset")
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": {}}, weights)
+    monkeypatch.setattr(module, "SMALL_WEIGHTS", weights)
+    return module
+
+
+def yolo_folder(folder, number=12):
+    """Pictures with one or two bright squares each, in two folders."""
+    rng = np.random.default_rng(0)
+    for i in range(number):
+        part = f"camera{i % 3}"
+        pixels = rng.integers(0, 60, (48, 64, 3), dtype=np.uint8)
+        lines = []
+        for label in range(1 + i % 2):
+            x, y, side = rng.integers(0, 40), rng.integers(0, 24), rng.integers(8, 24)
+            pixels[y : y + side, x : x + side] = (250, 250 * label, 90)
+            lines.append(f"{label} {(x + side / 2) / 64} {(y + side / 2) / 48} {side / 64} {side / 48}")
+        (folder / "images" / part).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / "images" / part / f"{i}.png")
+        exports.write_text(folder / "labels" / part / f"{i}.txt", "\n".join(lines))
+    exports.write_text(folder / "data.yaml", "names: [square, disc]\n")
+
+
+def test_a_folder_becomes_a_dataset(prepare, tmp_path, capsys):
+    yolo_folder(tmp_path / "yolo")
+    prepare.main([str(tmp_path / "yolo"), "--output", str(tmp_path / "mine"), "--device", "cpu", "--val", "0.25"])
+    out = capsys.readouterr().out
+    assert "Read as YOLO" in out and "| pictures |       9 |     3 |" in out
+    assert f"train_net.py --config-file {tmp_path}/mine/config.yaml" in out
+    train, val = (json.loads((tmp_path / "mine" / f"{x}.json").read_text()) for x in ("train", "val"))
+    assert len(train["images"]) == 9 and len(val["images"]) == 3
+    assert not {x["file_name"] for x in train["images"]} & {x["file_name"] for x in val["images"]}
+    assert [x["name"] for x in train["categories"]] == ["square", "disc"]
+
+
+def test_groups_by_folder(prepare, tmp_path):
+    yolo_folder(tmp_path / "yolo")
+    prepare.main([str(tmp_path / "yolo"), "--output", str(tmp_path / "mine"), "--device", "cpu", "--group-by-folder"])
+    folders = [
+        {
+            x["file_name"].partition("/")[0]
+            for x in json.loads((tmp_path / "mine" / f"{split}.json").read_text())["images"]
+        }
+        for split in ("train", "val")
+    ]
+    # The validation set has one folder alone, so that its name is left out.
+    assert folders[0] < {"camera0", "camera1", "camera2"} and len(folders[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--images", "nowhere"], "error: --images nowhere: there is no such folder"),
+        (["--device", "cpu", "--memory-gb", "8"], "error: --memory-gb is for a GPU"),
+        (["--format", "voc"], "holds nothing of the format voc"),
+        (["--val", "15"], "'15' is no share"),
+        (["--memory-gb", "0"], "'0' is no memory"),
+    ],
+)
+def test_bad_input_is_one_line(options, message, prepare, tmp_path, capsys):
+    exports.coco(tmp_path / "coco")
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main([str(tmp_path / "coco"), "--output", str(tmp_path / "mine"), *options])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "mine").exists()
+
+
+def test_what_was_left_out_is_said(prepare, tmp_path, capsys):
+    exports.coco(tmp_path / "coco")
+    (tmp_path / "coco" / "images" / "b.jpg").write_bytes(b"")
+    prepare.main([str(tmp_path / "coco"), "--output", str(tmp_path / "mine"), "--device", "cpu"])
+    assert "1 x unreadable picture; first: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_config_trains(prepare, tmp_path, monkeypatch, caplog):
+    """From a YOLO folder to the files of a run, by the command that the program names; the model is made small here."""
+    yolo_folder(tmp_path / "yolo")
+    prepare.main([str(tmp_path / "yolo"), "--output", str(tmp_path / "mine"), "--device", "cpu"])
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "MODEL.WEIGHTS": "",
+        "MODEL.CODETR.EMBED_DIM": 32,
+        "MODEL.CODETR.ENCODER.NUM_LAYERS": 1,
+        "MODEL.CODETR.DECODER.NUM_LAYERS": 1,
+        "SOLVER.MAX_EPOCHS": 0,
+        "SOLVER.STEPS_EPOCHS": (),
+        "SOLVER.MAX_ITER": 2,
+    }
+    train_net.main(["--config-file", "mine/config.yaml", *(str(x) for pair in options.items() for x in pair)])
+    output = tmp_path / "output" / "mine"
+    assert (output / "model_final.pth").is_file()
+    metrics = [json.loads(x) for x in (output / "metrics.json").read_text().splitlines()]
+    assert any("bbox/AP" in x for x in metrics)
+    assert json.loads((output / "inference" / "coco_instances_results.json").read_text())
+    assert not any("no anchor suits" in x.getMessage() for x in caplog.records)
