@@ -86,6 +86,7 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
             f"TEST.STABILITY_IMAGES is {cfg.TEST.STABILITY_IMAGES}, but the matching is written at each evaluation: "
             "set TEST.EVAL_PERIOD to the iterations of an epoch, and name a dataset in DATASETS.TEST"
         )
+    _check_early_stopping(cfg, eval_only)
     if solver.AMP.ENABLED:
         one_of(cfg, "SOLVER.AMP.DTYPE", ["bfloat16"] if resolve_device(cfg) == "cpu" else ["bfloat16", "float16"])
 
@@ -153,6 +154,18 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
             raise InputError(f"{key} is {steps}; it must rise from entry to entry")
     if solver.MAX_EPOCHS <= 0 and solver.MAX_ITER in solver.STEPS:
         raise InputError(f"SOLVER.STEPS is {solver.STEPS}; its entries must not be SOLVER.MAX_ITER ({solver.MAX_ITER})")
+
+
+def _check_early_stopping(cfg: CfgNode, eval_only: bool) -> None:
+    """Early stopping has evaluations to judge by."""
+    within(cfg, 0, math.inf, "TEST.EARLY_STOPPING_PATIENCE")
+    has_evaluations = cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST and cfg.TEST.BEST_CHECKPOINT_METRIC
+    if cfg.TEST.EARLY_STOPPING_PATIENCE and not eval_only and not has_evaluations:
+        raise InputError(
+            f"TEST.EARLY_STOPPING_PATIENCE is {cfg.TEST.EARLY_STOPPING_PATIENCE}, but nothing tells whether the model "
+            "still gets better: set TEST.EVAL_PERIOD to the iterations between evaluations, name a dataset in "
+            "DATASETS.TEST, and in TEST.BEST_CHECKPOINT_METRIC the value that is to rise, like bbox/AP"
+        )
 
 
 def _check_canvas(cfg: CfgNode, key: str) -> None:

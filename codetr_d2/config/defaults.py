@@ -226,6 +226,8 @@ def add_codetr_config(cfg: CN) -> None:
     _C.SOLVER.EMA.WARMUP_ITERS = 2000
     # Keep model_best.pth by this entry of the evaluation results; "" keeps none.
     _C.TEST.BEST_CHECKPOINT_METRIC = "bbox/AP"
+    # > 0: the training ends after so many evaluations in a row without a better BEST_CHECKPOINT_METRIC; 0: never early.
+    _C.TEST.EARLY_STOPPING_PATIENCE = 0
     # > 0: at each evaluation, which query each object of so many images of the first test dataset is matched with, in
     # matches.json: what tools/analyze.py stability draws. The images stay in memory.
     _C.TEST.STABILITY_IMAGES = 0

@@ -1,6 +1,7 @@
 """Hooks of the trainer where detectron2's do not survive a resumed run."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from ..errors import named_disk_problems
 
 __all__ = [
     "BestCheckpointer",
+    "EarlyStopping",
     "MatchRecorder",
     "MetricsWriter",
     "PeriodicCheckpointer",
@@ -25,17 +27,26 @@ __all__ = [
     "drop_metrics_from",
 ]
 
+logger = logging.getLogger(__name__)
+
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """detectron2's, which also remembers the best value over a resume and warns once of a metric that is not there."""
+    """detectron2's, which also remembers the best value over a resume and warns once of a metric that is not there.
+
+    Attributes:
+        evaluations_since_best: evaluations after the one that gave the best value; known to the main process.
+    """
 
     _warned = False
+    evaluations_since_best = 0
 
     def _best_checking(self) -> None:
         if not comm.is_main_process():
             return
         if self._val_metric in self.trainer.storage.latest():
+            before = self.best_iter
             super()._best_checking()
+            self.evaluations_since_best = self.evaluations_since_best + 1 if self.best_iter == before else 0
         elif not self._warned:
             self._warned = True
             known = sorted(key for key in self.trainer.storage.latest() if "/" in key)
@@ -46,10 +57,53 @@ class BestCheckpointer(hooks.BestCheckpointer):
             )
 
     def state_dict(self) -> dict:
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+        return {
+            "best_metric": self.best_metric,
+            "best_iter": self.best_iter,
+            "evaluations_since_best": self.evaluations_since_best,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+        self.evaluations_since_best = state.get("evaluations_since_best", 0)  # checkpoints of earlier versions lack it
+
+
+class EarlyStopping(HookBase):
+    """End the training, in all processes after the same step, when evaluations have brought nothing better for long.
+
+    The step becomes the last one of the run, whose checkpoint, final weights and results are written as ever. A run
+    that has ended so and is resumed ends at once, unless ``patience`` has been raised.
+
+    Args:
+        best: the hook that compares each evaluation with the best one; it must come before this one, in all processes.
+        period: iterations between evaluations.
+        patience: evaluations without a better one after which the training ends.
+    """
+
+    def __init__(self, best: BestCheckpointer, period: int, patience: int):
+        self._best = best
+        self._period = period
+        self._patience = patience
+
+    def before_train(self) -> None:
+        self._end_after(self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period == 0 and done != self.trainer.max_iter:
+            self._end_after(done)
+
+    def _end_after(self, done: int) -> None:
+        """End the training after ``done`` steps, if the main process finds that it has waited long enough."""
+        waited = comm.all_gather(self._best.evaluations_since_best)[0]
+        if waited < self._patience or done >= self.trainer.max_iter:
+            return
+        logger.info(
+            "The training ends early, after %d iterations: the last %d evaluations were not better than the best one "
+            "before them (TEST.EARLY_STOPPING_PATIENCE %d)",
+            *(done, waited, self._patience),
+        )
+        self.trainer.max_iter = done
 
 
 class MatchRecorder(HookBase):

@@ -7,7 +7,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,7 @@ from .anchor_check import warn_of_unsuitable_anchors
 from .ema import ModelEMA
 from .hooks import (
     BestCheckpointer,
+    EarlyStopping,
     MatchRecorder,
     MetricsWriter,
     PeriodicCheckpointer,
@@ -161,6 +162,10 @@ def _files(batch: list[dict]) -> list[str]:
     return [str(sample.get("file_name")) for sample in batch]
 
 
+class _EndsEarly(BaseException):
+    """Leaves detectron2's loop, whose number of steps is fixed when it starts; an ``Exception`` it would log."""
+
+
 class _WeightsCheckpointer(CoDETRCheckpointer):
     """Saves weights to deploy, the moving average if there is one, and is not for resuming from."""
 
@@ -232,18 +237,27 @@ class CoDETRTrainer(DefaultTrainer):
         # resumed from it has nothing to make up for.
         cfg = self.cfg
 
+        evaluated_after = None
+
         def evaluate_and_keep() -> dict:
-            with self.ema.applied() if self.ema else nullcontext():
-                self._last_eval_results = self.test(cfg, self.bare_model)
+            nonlocal evaluated_after
+            done = min(self.iter + 1, self.max_iter)
+            if evaluated_after != done:  # after an early end these are the weights that have just been evaluated
+                with self.ema.applied() if self.ema else nullcontext():
+                    self._last_eval_results = self.test(cfg, self.bare_model)
+                evaluated_after = done
             return self._last_eval_results
 
         result = [hooks.IterationTimer(), hooks.LRScheduler()]
         if cfg.DATASETS.TEST:
             result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate_and_keep))
             if cfg.TEST.BEST_CHECKPOINT_METRIC:
-                result.append(
-                    BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.weights_checkpointer, cfg.TEST.BEST_CHECKPOINT_METRIC)
+                best = BestCheckpointer(
+                    cfg.TEST.EVAL_PERIOD, self.weights_checkpointer, cfg.TEST.BEST_CHECKPOINT_METRIC
                 )
+                result.append(best)
+                if cfg.TEST.EARLY_STOPPING_PATIENCE:
+                    result.append(EarlyStopping(best, cfg.TEST.EVAL_PERIOD, cfg.TEST.EARLY_STOPPING_PATIENCE))
         if cfg.TEST.STABILITY_IMAGES:
             inputs = images(AnalysedModel("", cfg, self.bare_model), cfg.TEST.STABILITY_IMAGES)  # all processes load
             if comm.is_main_process():
@@ -281,8 +295,17 @@ class CoDETRTrainer(DefaultTrainer):
         """Train, evaluate, and return the last results of the evaluation, None without any."""
         self._trainer.seed = self.data_loader.batch_sampler.seed = self.seed
         self.data_loader.batch_sampler.start_iteration = self.start_iter
-        super().train()
-        return getattr(self, "_last_eval_results", None)
+        with suppress(_EndsEarly):
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+        results = getattr(self, "_last_eval_results", None)
+        if comm.is_main_process():
+            verify_results(self.cfg, results or {})
+        return results
+
+    def before_step(self) -> None:
+        if self.iter >= self.max_iter:  # a hook has lowered it: this step is not to be made any more
+            raise _EndsEarly
+        super().before_step()
 
     def run_step(self) -> None:
         with self._failing_step_does_not_count():
