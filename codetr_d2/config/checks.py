@@ -119,7 +119,12 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     divisible(
         "SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, share, "the number of processes times SOLVER.ACCUMULATE_STEPS"
     )
-    within(cfg, 0, math.inf, "SOLVER.WEIGHT_DECAY", "SOLVER.BIAS_LR_FACTOR")
+    within(cfg, 0, math.inf, "SOLVER.WEIGHT_DECAY", "SOLVER.BIAS_LR_FACTOR", "SOLVER.REFERENCE_BATCH_SIZE")
+    if solver.REFERENCE_BATCH_SIZE and solver.REFERENCE_WORLD_SIZE:
+        raise InputError(
+            f"SOLVER.REFERENCE_BATCH_SIZE is {solver.REFERENCE_BATCH_SIZE} and SOLVER.REFERENCE_WORLD_SIZE is "
+            f"{solver.REFERENCE_WORLD_SIZE}; each scales the learning rate with the batch, so set one of them to 0"
+        )
     for key in ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS"):
         decay = option(cfg, key)
         if not (decay is None or isinstance(decay, (int, float)) and decay >= 0):

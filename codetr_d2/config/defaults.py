@@ -208,6 +208,9 @@ def add_codetr_config(cfg: CN) -> None:
     # Training, beside detectron2's SOLVER options.
     # None: norms decay like everything else, as published; detectron2 has 0 here, and None for WEIGHT_DECAY_BIAS.
     _C.SOLVER.WEIGHT_DECAY_NORM = None
+    # > 0: BASE_LR is meant for batches of so many images, and the learning rate is BASE_LR * IMS_PER_BATCH / this.
+    # detectron2's REFERENCE_WORLD_SIZE changes the batch itself with the number of processes, and excludes this one.
+    _C.SOLVER.REFERENCE_BATCH_SIZE = 0
     # (part of a parameter's name, factor of its learning rate) pairs; the first that fits counts.
     _C.SOLVER.LR_MULTIPLIERS = []
     # < 1: the learning rate of ViT block i of n is multiplied by this to the power of n - i, and biases and norms have

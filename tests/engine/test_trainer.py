@@ -354,6 +354,15 @@ def test_other_training_data_are_not_resumed(run_training, make_config, coco_jso
         resume(data, "resumed_data").resume_or_load(True)
 
 
+def test_a_learning_rate_for_another_batch_is_that_of_this_one(run_training, tmp_path, assert_same_weights):
+    """Powers of two, so that no rounding comes in."""
+    short = ("SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()")
+    run_training(*short, "SOLVER.BASE_LR", 2**-7, "OUTPUT_DIR", tmp_path / "plain")
+    trainer = run_training(*short, "SOLVER.BASE_LR", 2**-5, "SOLVER.REFERENCE_BATCH_SIZE", 16)  # the batch is 4
+    assert_same_weights(tmp_path / "plain" / "model_final.pth", tmp_path / "run" / "model_final.pth")
+    assert trainer.cfg.SOLVER.BASE_LR == 2**-5  # as it was set, to be resumed and evaluated with
+
+
 def test_epochs_set_the_length_of_the_run(run_training):
     trainer = run_training("SOLVER.MAX_EPOCHS", 1, "SOLVER.STEPS_EPOCHS", "(0.5,)", "DATASETS.TEST", "()")
     assert trainer.iter == 4  # 14 images in batches of 4
