@@ -82,9 +82,10 @@ setup(
         "pillow",
         "matplotlib",
         "tqdm",
+        "tensorboard",
         # OpenCV too, as opencv-python or opencv-python-headless: detectron2 and the demo import cv2 from either.
     ],
-    extras_require={"dev": ["pytest", "ruff", "transformers"]},
+    extras_require={"dev": ["pytest", "ruff", "transformers"], "trackers": ["wandb", "mlflow"]},
     ext_modules=[extension],
     cmdclass={"build_ext": OptionalBuildExtension},
 )

@@ -4,6 +4,7 @@ Here stands what concerns no component of the model; components check their own 
 :mod:`codetr_d2.modeling.facts`.
 """
 
+import importlib.util
 import math
 import os
 
@@ -140,6 +141,7 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     one_of(cfg, "INPUT.CROP.TYPE", ["relative_range", "relative", "absolute", "absolute_range"])
     _check_crop(cfg)
     _check_jitter(cfg)
+    _check_writers(cfg)
     if solver.EMA.ENABLED and not 0 < solver.EMA.DECAY < 1:
         raise InputError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}; it must lie between 0 and 1")
     for entry in solver.LR_MULTIPLIERS:
@@ -159,6 +161,17 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
             raise InputError(f"{key} is {steps}; it must rise from entry to entry")
     if solver.MAX_EPOCHS <= 0 and solver.MAX_ITER in solver.STEPS:
         raise InputError(f"SOLVER.STEPS is {solver.STEPS}; its entries must not be SOLVER.MAX_ITER ({solver.MAX_ITER})")
+
+
+def _check_writers(cfg: CfgNode) -> None:
+    """The writers are known, and their packages installed."""
+    one_of(cfg, "SOLVER.WRITERS", ["json", "tensorboard", "wandb", "mlflow"])
+    for name in cfg.SOLVER.WRITERS:
+        if name != "json" and importlib.util.find_spec(name) is None:
+            raise InputError(
+                f"SOLVER.WRITERS has {name!r}, but the package {name} is not installed: run `python -m pip install "
+                f"{name}`, or take {name!r} out of the list"
+            )
 
 
 def _check_early_stopping(cfg: CfgNode, eval_only: bool) -> None:

@@ -227,6 +227,9 @@ def add_codetr_config(cfg: CN) -> None:
     _C.SOLVER.EMA.ENABLED = False
     _C.SOLVER.EMA.DECAY = 0.9999  # of the moving average, reached gradually from 0
     _C.SOLVER.EMA.WARMUP_ITERS = 2000
+    # Where losses, learning rate and results go, beside the terminal and log.txt: json (metrics.json), tensorboard,
+    # wandb (Weights & Biases), mlflow. The last two need the package of that name.
+    _C.SOLVER.WRITERS = ["json", "tensorboard"]
     # Keep model_best.pth by this entry of the evaluation results; "" keeps none.
     _C.TEST.BEST_CHECKPOINT_METRIC = "bbox/AP"
     # > 0: the training ends after so many evaluations in a row without a better BEST_CHECKPOINT_METRIC; 0: never early.

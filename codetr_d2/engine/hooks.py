@@ -1,8 +1,6 @@
 """Hooks of the trainer where detectron2's do not survive a resumed run."""
 
-import json
 import logging
-import math
 import os
 import re
 from collections.abc import Callable
@@ -10,21 +8,19 @@ from collections.abc import Callable
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import inference_context
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import nn
 
 from ..analysis.matches import FILE_NAME, Matches, match_objects
-from ..checkpoint.checkpointer import CoDETRCheckpointer, atomic_write
-from ..errors import named_disk_problems
+from ..checkpoint.checkpointer import CoDETRCheckpointer
+from .writers import ScalarWriter
 
 __all__ = [
     "BestCheckpointer",
     "EarlyStopping",
     "MatchRecorder",
-    "MetricsWriter",
     "PeriodicCheckpointer",
     "PeriodicWriter",
-    "drop_metrics_from",
 ]
 
 logger = logging.getLogger(__name__)
@@ -182,55 +178,9 @@ class PeriodicWriter(hooks.PeriodicWriter):
         else:
             super().after_step()
 
-
-class MetricsWriter(EventWriter):
-    """Appends scalars to ``metrics.json`` as detectron2's ``JSONWriter`` does, one object a line, by iteration.
-
-    What is not finite, like the AP of a class without objects, is null: JSON knows no NaN. A line is there as a whole
-    or not at all.
-
-    Args:
-        path: of the file.
-        window_size: scalars that are smoothed are medians over so many iterations.
-
-    Raises:
-        InputError: from ``write``, where the disk is full.
-    """
-
-    def __init__(self, path: str, window_size: int = 20):
-        self._path = path
-        self._window_size = window_size
-        self._last_write = -1
-
-    def write(self) -> None:
-        entries = {}
-        for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(self._window_size).items():
-            if iteration > self._last_write:
-                entries.setdefault(iteration, {})[name] = value if math.isfinite(value) else None
-        self._last_write = max([self._last_write, *entries])
-        lines = [json.dumps({**entries[x], "iteration": x}, sort_keys=True) + "\n" for x in sorted(entries)]
-        with named_disk_problems(self._path), open(self._path, "ab", buffering=0) as file:
-            size = os.path.getsize(self._path)
-            try:
-                rest = "".join(lines).encode()
-                while rest:
-                    rest = rest[file.write(rest) :]  # as much as there was room for
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(size)
-                raise
-
-
-def drop_metrics_from(path: str, iteration: int) -> None:
-    """Drop the entries of a ``metrics.json`` from ``iteration`` on: a resumed run writes them again."""
-    if not os.path.isfile(path):
-        return
-    kept = []
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                if json.loads(line)["iteration"] < iteration:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                pass  # the killed run was writing this line
-    atomic_write(path, lambda file: file.writelines(kept))
+    def after_train(self) -> None:
+        finished = self.trainer.iter >= self.trainer.max_iter
+        for writer in self._writers:
+            if not (finished and isinstance(writer, CommonMetricPrinter)):  # it would print the last iteration again
+                writer.write()
+            writer.close(finished) if isinstance(writer, ScalarWriter) else writer.close()

@@ -16,7 +16,7 @@ from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter, get_event_storage
+from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -39,13 +39,12 @@ from .hooks import (
     BestCheckpointer,
     EarlyStopping,
     MatchRecorder,
-    MetricsWriter,
     PeriodicCheckpointer,
     PeriodicWriter,
-    drop_metrics_from,
 )
 from .log_file import LogFile, one_line_errors
 from .optimizer import build_optimizer, clip_full_model, schedule_in_iterations
+from .writers import build_writers
 
 __all__ = ["CoDETRTrainer", "StepTrainer", "autocast", "evaluate", "setup", "train"]
 
@@ -269,17 +268,7 @@ class CoDETRTrainer(DefaultTrainer):
         return result
 
     def build_writers(self) -> list[EventWriter]:
-        folder = self.cfg.OUTPUT_DIR
-        metrics = os.path.join(folder, "metrics.json")
-        drop_metrics_from(metrics, self.start_iter)
-        writers = [CommonMetricPrinter(self.max_iter), MetricsWriter(metrics)]
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError:
-            logger.warning("tensorboard is not installed, so only metrics.json is written")
-        else:
-            writers.append(TensorboardXWriter(folder, purge_step=self.start_iter or None))
-        return writers
+        return build_writers(self.cfg, self.start_iter, self.max_iter)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint of ``OUTPUT_DIR`` if ``resume`` and there is one; else load ``MODEL.WEIGHTS``.

@@ -16,9 +16,9 @@ from torch import nn
 import train_net
 from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
 from codetr_d2.engine import check_config, evaluate, setup
-from codetr_d2.engine.hooks import MetricsWriter, drop_metrics_from
 from codetr_d2.engine.optimizer import build_optimizer
 from codetr_d2.engine.trainer import CoDETRTrainer, StepTrainer
+from codetr_d2.engine.writers import MetricsWriter, drop_metrics_from
 from codetr_d2.errors import InputError
 from codetr_d2.evaluation import DetectionEvaluator
 from codetr_d2.modeling.facts import ClassRows
