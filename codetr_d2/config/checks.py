@@ -164,7 +164,7 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
 
 
 def _check_writers(cfg: CfgNode) -> None:
-    """The writers are known, and their packages installed."""
+    """The writers are known, their packages installed, and there is one for the pictures of the training."""
     one_of(cfg, "SOLVER.WRITERS", ["json", "tensorboard", "wandb", "mlflow"])
     for name in cfg.SOLVER.WRITERS:
         if name != "json" and importlib.util.find_spec(name) is None:
@@ -172,6 +172,12 @@ def _check_writers(cfg: CfgNode) -> None:
                 f"SOLVER.WRITERS has {name!r}, but the package {name} is not installed: run `python -m pip install "
                 f"{name}`, or take {name!r} out of the list"
             )
+    within(cfg, 0, math.inf, "VIS_PERIOD")
+    if cfg.VIS_PERIOD and "tensorboard" not in cfg.SOLVER.WRITERS:
+        raise InputError(
+            f"VIS_PERIOD is {cfg.VIS_PERIOD}, but its pictures are for TensorBoard: add 'tensorboard' to "
+            "SOLVER.WRITERS, or set it to 0"
+        )
 
 
 def _check_early_stopping(cfg: CfgNode, eval_only: bool) -> None:
