@@ -43,6 +43,7 @@ from .hooks import (
     PeriodicWriter,
 )
 from .log_file import LogFile, one_line_errors
+from .model_cost import log_detection_flops
 from .optimizer import build_optimizer, clip_full_model, schedule_in_iterations
 from .writers import build_writers
 
@@ -204,6 +205,7 @@ class CoDETRTrainer(DefaultTrainer):
         self.cfg = cfg = schedule_in_iterations(cfg, round(data_loader.batch_sampler.epoch_size))
         self.bare_model = self.build_model(cfg)
         if comm.is_main_process():
+            log_detection_flops(cfg, self.bare_model)
             warn_of_unsuitable_anchors(cfg, self.bare_model, data_loader.dataset.records)
         optimizer = self.build_optimizer(cfg, self.bare_model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
