@@ -167,7 +167,7 @@ def _check_writers(cfg: CfgNode) -> None:
     """The writers are known, their packages installed, and there is one for the pictures of the training."""
     one_of(cfg, "SOLVER.WRITERS", ["json", "tensorboard", "wandb", "mlflow"])
     for name in cfg.SOLVER.WRITERS:
-        if name != "json" and importlib.util.find_spec(name) is None:
+        if name != "json" and not _is_installed(name):
             raise InputError(
                 f"SOLVER.WRITERS has {name!r}, but the package {name} is not installed: run `python -m pip install "
                 f"{name}`, or take {name!r} out of the list"
@@ -178,6 +178,12 @@ def _check_writers(cfg: CfgNode) -> None:
             f"VIS_PERIOD is {cfg.VIS_PERIOD}, but its pictures are for TensorBoard: add 'tensorboard' to "
             "SOLVER.WRITERS, or set it to 0"
         )
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package can be imported. A mere folder of its name, as W&B leaves behind, is none and has no origin."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _check_early_stopping(cfg: CfgNode, eval_only: bool) -> None:

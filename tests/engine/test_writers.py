@@ -22,7 +22,7 @@ SHORT = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD"
 
 def module(name, **attributes):
     result = ModuleType(name)
-    result.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    result.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="a test")
     vars(result).update(attributes)
     return result
 
@@ -212,6 +212,17 @@ def test_a_missing_package_is_named_with_the_command(config_file, monkeypatch, n
         check_config(cfg)
     cfg.SOLVER.WRITERS = ["csv"]
     with pytest.raises(InputError, match="SOLVER.WRITERS is 'csv'; it may be: json, tensorboard, wandb, mlflow"):
+        check_config(cfg)
+
+
+def test_a_folder_that_wandb_has_left_is_no_package(config_file, monkeypatch, tmp_path):
+    cfg = load_config(str(config_file), ["SOLVER.WRITERS", "['json']"])
+    check_config(cfg)  # imports what it needs
+    cfg.SOLVER.WRITERS = ["wandb"]
+    (tmp_path / "elsewhere" / "wandb").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "elsewhere")])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(InputError, match="the package wandb is not installed"):
         check_config(cfg)
 
 
