@@ -96,9 +96,10 @@ setup(
         "matplotlib",
         "tqdm",
         "jinja2",
+        "tensorboard",
         # OpenCV too, as opencv-python or opencv-python-headless: detectron2 and the demo import cv2 from either.
     ],
-    extras_require={"dev": ["pytest", "ruff", "transformers", "globox"]},
+    extras_require={"dev": ["pytest", "ruff", "transformers", "globox"], "trackers": ["wandb", "mlflow"]},
     ext_modules=[extension],
     cmdclass={"build_ext": OptionalBuildExtension, "build_py": BuildWithConfigs},
 )

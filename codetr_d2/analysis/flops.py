@@ -5,13 +5,18 @@ matrix products, attention, and the samples that deformable attention and ROIAli
 or normalises counts nothing.
 """
 
+import contextlib
 import math
 
 import torch
-from torch import Tensor
+from detectron2.evaluation import inference_context
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["count_flops"]
+__all__ = ["count_flops", "detection_flops"]
 
 
 def deformable_attention_flops(*tensors: Tensor) -> int:
@@ -97,3 +102,41 @@ def count_flops(func: torch._ops.OpOverload, args: tuple, kwargs: dict, output: 
         return grid_sample_flops(*args)
     formula = flop_registry.get(func.overloadpacket)
     return formula(*args, **kwargs, out_val=output) if formula else 0
+
+
+class _Sum(TorchDispatchMode):
+    """Adds up the floating-point operations of all operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self.flops += count_flops(func, args, kwargs, output, tensors)
+        return output
+
+
+def detection_flops(model: nn.Module, size: tuple[int, int]) -> int:
+    """What the boxes of one image cost, counted without computing them: in a second or two, whatever the model's size.
+
+    The operators run on tensors that have shapes and no numbers. Neither weights nor random generators are touched, and
+    the model is left in the mode that it was in. What depends on numbers comes after the boxes and is not counted:
+    masks.
+
+    Args:
+        model: a :class:`~codetr_d2.modeling.meta_arch.CoDETR`.
+        size: (height, width) of the image in pixels. The model pads it as usual.
+
+    Returns:
+        FLOPs; a multiplication with its addition counts once, as in :class:`~codetr_d2.analysis.cost.ModuleCost`.
+    """
+    # Nothing can be counted inside compiled modules.
+    eager = torch.compiler.set_stance("force_eager") if model.is_compiled else contextlib.nullcontext()
+    with torch.no_grad(), inference_context(model), eager:
+        images = model.preprocess([{"image": torch.zeros(3, *size, dtype=torch.uint8)}])
+        with FakeTensorMode(allow_non_fake_inputs=True), _Sum() as counter:
+            model.predict(model.encode(model.features(images)))
+    return counter.flops // 2

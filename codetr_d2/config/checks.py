@@ -4,6 +4,7 @@ Here stands what concerns no component of the model; components check their own 
 :mod:`codetr_d2.modeling.facts`.
 """
 
+import importlib.util
 import math
 import os
 
@@ -86,6 +87,7 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
             f"TEST.STABILITY_IMAGES is {cfg.TEST.STABILITY_IMAGES}, but the matching is written at each evaluation: "
             "set TEST.EVAL_PERIOD to the iterations of an epoch, and name a dataset in DATASETS.TEST"
         )
+    _check_early_stopping(cfg, eval_only)
     if solver.AMP.ENABLED:
         one_of(cfg, "SOLVER.AMP.DTYPE", ["bfloat16"] if resolve_device(cfg) == "cpu" else ["bfloat16", "float16"])
 
@@ -118,7 +120,12 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     divisible(
         "SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, share, "the number of processes times SOLVER.ACCUMULATE_STEPS"
     )
-    within(cfg, 0, math.inf, "SOLVER.WEIGHT_DECAY", "SOLVER.BIAS_LR_FACTOR")
+    within(cfg, 0, math.inf, "SOLVER.WEIGHT_DECAY", "SOLVER.BIAS_LR_FACTOR", "SOLVER.REFERENCE_BATCH_SIZE")
+    if solver.REFERENCE_BATCH_SIZE and solver.REFERENCE_WORLD_SIZE:
+        raise InputError(
+            f"SOLVER.REFERENCE_BATCH_SIZE is {solver.REFERENCE_BATCH_SIZE} and SOLVER.REFERENCE_WORLD_SIZE is "
+            f"{solver.REFERENCE_WORLD_SIZE}; each scales the learning rate with the batch, so set one of them to 0"
+        )
     for key in ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS"):
         decay = option(cfg, key)
         if not (decay is None or isinstance(decay, (int, float)) and decay >= 0):
@@ -134,6 +141,7 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
     one_of(cfg, "INPUT.CROP.TYPE", ["relative_range", "relative", "absolute", "absolute_range"])
     _check_crop(cfg)
     _check_jitter(cfg)
+    _check_writers(cfg)
     if solver.EMA.ENABLED and not 0 < solver.EMA.DECAY < 1:
         raise InputError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}; it must lie between 0 and 1")
     for entry in solver.LR_MULTIPLIERS:
@@ -153,6 +161,41 @@ def check_config(cfg: CfgNode, num_processes: int = 1, resume: bool = False, eva
             raise InputError(f"{key} is {steps}; it must rise from entry to entry")
     if solver.MAX_EPOCHS <= 0 and solver.MAX_ITER in solver.STEPS:
         raise InputError(f"SOLVER.STEPS is {solver.STEPS}; its entries must not be SOLVER.MAX_ITER ({solver.MAX_ITER})")
+
+
+def _check_writers(cfg: CfgNode) -> None:
+    """The writers are known, their packages installed, and there is one for the pictures of the training."""
+    one_of(cfg, "SOLVER.WRITERS", ["json", "tensorboard", "wandb", "mlflow"])
+    for name in cfg.SOLVER.WRITERS:
+        if name != "json" and not _is_installed(name):
+            raise InputError(
+                f"SOLVER.WRITERS has {name!r}, but the package {name} is not installed: run `python -m pip install "
+                f"{name}`, or take {name!r} out of the list"
+            )
+    within(cfg, 0, math.inf, "VIS_PERIOD")
+    if cfg.VIS_PERIOD and "tensorboard" not in cfg.SOLVER.WRITERS:
+        raise InputError(
+            f"VIS_PERIOD is {cfg.VIS_PERIOD}, but its pictures are for TensorBoard: add 'tensorboard' to "
+            "SOLVER.WRITERS, or set it to 0"
+        )
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package can be imported. A mere folder of its name, as W&B leaves behind, is none and has no origin."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def _check_early_stopping(cfg: CfgNode, eval_only: bool) -> None:
+    """Early stopping has evaluations to judge by."""
+    within(cfg, 0, math.inf, "TEST.EARLY_STOPPING_PATIENCE")
+    has_evaluations = cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST and cfg.TEST.BEST_CHECKPOINT_METRIC
+    if cfg.TEST.EARLY_STOPPING_PATIENCE and not eval_only and not has_evaluations:
+        raise InputError(
+            f"TEST.EARLY_STOPPING_PATIENCE is {cfg.TEST.EARLY_STOPPING_PATIENCE}, but nothing tells whether the model "
+            "still gets better: set TEST.EVAL_PERIOD to the iterations between evaluations, name a dataset in "
+            "DATASETS.TEST, and in TEST.BEST_CHECKPOINT_METRIC the value that is to rise, like bbox/AP"
+        )
 
 
 def _check_canvas(cfg: CfgNode, key: str) -> None:

@@ -208,6 +208,9 @@ def add_codetr_config(cfg: CN) -> None:
     # Training, beside detectron2's SOLVER options.
     # None: norms decay like everything else, as published; detectron2 has 0 here, and None for WEIGHT_DECAY_BIAS.
     _C.SOLVER.WEIGHT_DECAY_NORM = None
+    # > 0: BASE_LR is meant for batches of so many images, and the learning rate is BASE_LR * IMS_PER_BATCH / this.
+    # detectron2's REFERENCE_WORLD_SIZE changes the batch itself with the number of processes, and excludes this one.
+    _C.SOLVER.REFERENCE_BATCH_SIZE = 0
     # (part of a parameter's name, factor of its learning rate) pairs; the first that fits counts.
     _C.SOLVER.LR_MULTIPLIERS = []
     # < 1: the learning rate of ViT block i of n is multiplied by this to the power of n - i, and biases and norms have
@@ -224,8 +227,13 @@ def add_codetr_config(cfg: CN) -> None:
     _C.SOLVER.EMA.ENABLED = False
     _C.SOLVER.EMA.DECAY = 0.9999  # of the moving average, reached gradually from 0
     _C.SOLVER.EMA.WARMUP_ITERS = 2000
+    # Where losses, learning rate and results go, beside the terminal and log.txt: json (metrics.json), tensorboard,
+    # wandb (Weights & Biases), mlflow. The last two need the package of that name.
+    _C.SOLVER.WRITERS = ["json", "tensorboard"]
     # Keep model_best.pth by this entry of the evaluation results; "" keeps none.
     _C.TEST.BEST_CHECKPOINT_METRIC = "bbox/AP"
+    # > 0: the training ends after so many evaluations in a row without a better BEST_CHECKPOINT_METRIC; 0: never early.
+    _C.TEST.EARLY_STOPPING_PATIENCE = 0
     # > 0: at each evaluation, which query each object of so many images of the first test dataset is matched with, in
     # matches.json: what tools/analyze.py stability draws. The images stay in memory.
     _C.TEST.STABILITY_IMAGES = 0

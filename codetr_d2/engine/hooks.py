@@ -1,7 +1,6 @@
 """Hooks of the trainer where detectron2's do not survive a resumed run."""
 
-import json
-import math
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -9,33 +8,41 @@ from collections.abc import Callable
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import inference_context
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import nn
 
 from ..analysis.matches import FILE_NAME, Matches, match_objects
-from ..checkpoint.checkpointer import CoDETRCheckpointer, atomic_write
-from ..errors import named_disk_problems
+from ..checkpoint.checkpointer import CoDETRCheckpointer
+from .writers import ScalarWriter
 
 __all__ = [
     "BestCheckpointer",
+    "EarlyStopping",
     "MatchRecorder",
-    "MetricsWriter",
     "PeriodicCheckpointer",
     "PeriodicWriter",
-    "drop_metrics_from",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """detectron2's, which also remembers the best value over a resume and warns once of a metric that is not there."""
+    """detectron2's, which also remembers the best value over a resume and warns once of a metric that is not there.
+
+    Attributes:
+        evaluations_since_best: evaluations after the one that gave the best value; known to the main process.
+    """
 
     _warned = False
+    evaluations_since_best = 0
 
     def _best_checking(self) -> None:
         if not comm.is_main_process():
             return
         if self._val_metric in self.trainer.storage.latest():
+            before = self.best_iter
             super()._best_checking()
+            self.evaluations_since_best = self.evaluations_since_best + 1 if self.best_iter == before else 0
         elif not self._warned:
             self._warned = True
             known = sorted(key for key in self.trainer.storage.latest() if "/" in key)
@@ -46,10 +53,53 @@ class BestCheckpointer(hooks.BestCheckpointer):
             )
 
     def state_dict(self) -> dict:
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+        return {
+            "best_metric": self.best_metric,
+            "best_iter": self.best_iter,
+            "evaluations_since_best": self.evaluations_since_best,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+        self.evaluations_since_best = state.get("evaluations_since_best", 0)  # checkpoints of earlier versions lack it
+
+
+class EarlyStopping(HookBase):
+    """End the training, in all processes after the same step, when evaluations have brought nothing better for long.
+
+    The step becomes the last one of the run, whose checkpoint, final weights and results are written as ever. A run
+    that has ended so and is resumed ends at once, unless ``patience`` has been raised.
+
+    Args:
+        best: the hook that compares each evaluation with the best one; it must come before this one, in all processes.
+        period: iterations between evaluations.
+        patience: evaluations without a better one after which the training ends.
+    """
+
+    def __init__(self, best: BestCheckpointer, period: int, patience: int):
+        self._best = best
+        self._period = period
+        self._patience = patience
+
+    def before_train(self) -> None:
+        self._end_after(self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period == 0 and done != self.trainer.max_iter:
+            self._end_after(done)
+
+    def _end_after(self, done: int) -> None:
+        """End the training after ``done`` steps, if the main process finds that it has waited long enough."""
+        waited = comm.all_gather(self._best.evaluations_since_best)[0]
+        if waited < self._patience or done >= self.trainer.max_iter:
+            return
+        logger.info(
+            "The training ends early, after %d iterations: the last %d evaluations were not better than the best one "
+            "before them (TEST.EARLY_STOPPING_PATIENCE %d)",
+            *(done, waited, self._patience),
+        )
+        self.trainer.max_iter = done
 
 
 class MatchRecorder(HookBase):
@@ -128,55 +178,9 @@ class PeriodicWriter(hooks.PeriodicWriter):
         else:
             super().after_step()
 
-
-class MetricsWriter(EventWriter):
-    """Appends scalars to ``metrics.json`` as detectron2's ``JSONWriter`` does, one object a line, by iteration.
-
-    What is not finite, like the AP of a class without objects, is null: JSON knows no NaN. A line is there as a whole
-    or not at all.
-
-    Args:
-        path: of the file.
-        window_size: scalars that are smoothed are medians over so many iterations.
-
-    Raises:
-        InputError: from ``write``, where the disk is full.
-    """
-
-    def __init__(self, path: str, window_size: int = 20):
-        self._path = path
-        self._window_size = window_size
-        self._last_write = -1
-
-    def write(self) -> None:
-        entries = {}
-        for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(self._window_size).items():
-            if iteration > self._last_write:
-                entries.setdefault(iteration, {})[name] = value if math.isfinite(value) else None
-        self._last_write = max([self._last_write, *entries])
-        lines = [json.dumps({**entries[x], "iteration": x}, sort_keys=True) + "\n" for x in sorted(entries)]
-        with named_disk_problems(self._path), open(self._path, "ab", buffering=0) as file:
-            size = os.path.getsize(self._path)
-            try:
-                rest = "".join(lines).encode()
-                while rest:
-                    rest = rest[file.write(rest) :]  # as much as there was room for
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(size)
-                raise
-
-
-def drop_metrics_from(path: str, iteration: int) -> None:
-    """Drop the entries of a ``metrics.json`` from ``iteration`` on: a resumed run writes them again."""
-    if not os.path.isfile(path):
-        return
-    kept = []
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                if json.loads(line)["iteration"] < iteration:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                pass  # the killed run was writing this line
-    atomic_write(path, lambda file: file.writelines(kept))
+    def after_train(self) -> None:
+        finished = self.trainer.iter >= self.trainer.max_iter
+        for writer in self._writers:
+            if not (finished and isinstance(writer, CommonMetricPrinter)):  # it would print the last iteration again
+                writer.write()
+            writer.close(finished) if isinstance(writer, ScalarWriter) else writer.close()

@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW on all trainable parameters.
 
-    The learning rate is ``SOLVER.BASE_LR`` times the factor of the first entry of ``SOLVER.LR_MULTIPLIERS`` that is
-    part of the parameter's name, and for biases times ``SOLVER.BIAS_LR_FACTOR``. ``SOLVER.WEIGHT_DECAY`` is on every
-    parameter, as published, but for norms and biases where ``WEIGHT_DECAY_NORM`` and ``WEIGHT_DECAY_BIAS`` are set;
-    what is a norm or a bias, detectron2 decides.
+    The learning rate is ``SOLVER.BASE_LR``, scaled by :func:`batch_factor`, times the factor of the first entry of
+    ``SOLVER.LR_MULTIPLIERS`` that is part of the parameter's name, and for biases times ``SOLVER.BIAS_LR_FACTOR``.
+    ``SOLVER.WEIGHT_DECAY`` is on every parameter, as published, but for norms and biases where ``WEIGHT_DECAY_NORM``
+    and ``WEIGHT_DECAY_BIAS`` are set; what is a norm or a bias, detectron2 decides.
 
     With ``SOLVER.LAYER_DECAY`` d < 1 the learning rate of ViT block i of n is also multiplied by d^(n - i), that of the
     patch and position embeddings by d^(n + 1), so that layers which are closer to the image change less; and vectors,
@@ -33,6 +33,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     detectron2's own kinds of ``SOLVER.CLIP_GRADIENTS`` (norm, value: of each parameter) are part of the
     optimizer's step; ``full_model`` is :func:`clip_full_model`, called by the trainer.
     """
+    base_rate = cfg.SOLVER.BASE_LR * batch_factor(cfg)
+    if cfg.SOLVER.REFERENCE_BATCH_SIZE:
+        logger.info(
+            "The learning rate is %g: SOLVER.BASE_LR %g for SOLVER.IMS_PER_BATCH %d in place of %d images",
+            *(base_rate, cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_BATCH_SIZE),
+        )
     multipliers = [(part, float(factor)) for part, factor in cfg.SOLVER.LR_MULTIPLIERS]
     given_decays = {
         parameter: group["weight_decay"]
@@ -48,7 +54,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         depth = option(cfg, BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME).DEPTH_OPTION)
 
     def rate_of(name: str) -> float:
-        rate = cfg.SOLVER.BASE_LR * next((factor for part, factor in multipliers if part in name), 1.0)
+        rate = base_rate * next((factor for part, factor in multipliers if part in name), 1.0)
         if name.rpartition(".")[2] == "bias":
             rate *= cfg.SOLVER.BIAS_LR_FACTOR
         return rate * get_vit_lr_decay_rate(name, layer_decay, depth) if layer_decay < 1 else rate
@@ -72,14 +78,24 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE != "full_model":
         adamw = maybe_add_gradient_clipping(cfg, adamw)
     try:
-        optimizer = adamw(groups, lr=cfg.SOLVER.BASE_LR, fused=True)
+        optimizer = adamw(groups, lr=base_rate, fused=True)
     except RuntimeError:  # this torch has no fused kernel for this device
-        optimizer = adamw(groups, lr=cfg.SOLVER.BASE_LR, foreach=True)
+        optimizer = adamw(groups, lr=base_rate, foreach=True)
     names = {parameter: name for name, parameter in parameters.items()}
     for group in optimizer.param_groups:
         group["param_names"] = [names[parameter] for parameter in group["params"]]
     optimizer.register_load_state_dict_pre_hook(_keep_options)
     return optimizer
+
+
+def batch_factor(cfg: CfgNode) -> float:
+    """What the learning rate is multiplied by, as the batch is not the one that ``SOLVER.BASE_LR`` is meant for.
+
+    The linear rule (Goyal et al., Accurate, Large Minibatch SGD): a batch of k times as many images makes a k-th of the
+    steps of an epoch, each with k times the learning rate.
+    """
+    reference = cfg.SOLVER.REFERENCE_BATCH_SIZE
+    return cfg.SOLVER.IMS_PER_BATCH / reference if reference else 1.0
 
 
 def _keep_options(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:

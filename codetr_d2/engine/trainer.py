@@ -7,7 +7,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter, get_event_storage
+from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -37,14 +37,15 @@ from .anchor_check import warn_of_unsuitable_anchors
 from .ema import ModelEMA
 from .hooks import (
     BestCheckpointer,
+    EarlyStopping,
     MatchRecorder,
-    MetricsWriter,
     PeriodicCheckpointer,
     PeriodicWriter,
-    drop_metrics_from,
 )
 from .log_file import LogFile, one_line_errors
+from .model_cost import log_detection_flops
 from .optimizer import build_optimizer, clip_full_model, schedule_in_iterations
+from .writers import build_writers
 
 __all__ = ["CoDETRTrainer", "StepTrainer", "autocast", "evaluate", "setup", "train"]
 
@@ -161,6 +162,10 @@ def _files(batch: list[dict]) -> list[str]:
     return [str(sample.get("file_name")) for sample in batch]
 
 
+class _EndsEarly(BaseException):
+    """Leaves detectron2's loop, whose number of steps is fixed when it starts; an ``Exception`` it would log."""
+
+
 class _WeightsCheckpointer(CoDETRCheckpointer):
     """Saves weights to deploy, the moving average if there is one, and is not for resuming from."""
 
@@ -200,6 +205,7 @@ class CoDETRTrainer(DefaultTrainer):
         self.cfg = cfg = schedule_in_iterations(cfg, round(data_loader.batch_sampler.epoch_size))
         self.bare_model = self.build_model(cfg)
         if comm.is_main_process():
+            log_detection_flops(cfg, self.bare_model)
             warn_of_unsuitable_anchors(cfg, self.bare_model, data_loader.dataset.records)
         optimizer = self.build_optimizer(cfg, self.bare_model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -232,18 +238,27 @@ class CoDETRTrainer(DefaultTrainer):
         # resumed from it has nothing to make up for.
         cfg = self.cfg
 
+        evaluated_after = None
+
         def evaluate_and_keep() -> dict:
-            with self.ema.applied() if self.ema else nullcontext():
-                self._last_eval_results = self.test(cfg, self.bare_model)
+            nonlocal evaluated_after
+            done = min(self.iter + 1, self.max_iter)
+            if evaluated_after != done:  # after an early end these are the weights that have just been evaluated
+                with self.ema.applied() if self.ema else nullcontext():
+                    self._last_eval_results = self.test(cfg, self.bare_model)
+                evaluated_after = done
             return self._last_eval_results
 
         result = [hooks.IterationTimer(), hooks.LRScheduler()]
         if cfg.DATASETS.TEST:
             result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate_and_keep))
             if cfg.TEST.BEST_CHECKPOINT_METRIC:
-                result.append(
-                    BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.weights_checkpointer, cfg.TEST.BEST_CHECKPOINT_METRIC)
+                best = BestCheckpointer(
+                    cfg.TEST.EVAL_PERIOD, self.weights_checkpointer, cfg.TEST.BEST_CHECKPOINT_METRIC
                 )
+                result.append(best)
+                if cfg.TEST.EARLY_STOPPING_PATIENCE:
+                    result.append(EarlyStopping(best, cfg.TEST.EVAL_PERIOD, cfg.TEST.EARLY_STOPPING_PATIENCE))
         if cfg.TEST.STABILITY_IMAGES:
             inputs = images(AnalysedModel("", cfg, self.bare_model), cfg.TEST.STABILITY_IMAGES)  # all processes load
             if comm.is_main_process():
@@ -255,17 +270,7 @@ class CoDETRTrainer(DefaultTrainer):
         return result
 
     def build_writers(self) -> list[EventWriter]:
-        folder = self.cfg.OUTPUT_DIR
-        metrics = os.path.join(folder, "metrics.json")
-        drop_metrics_from(metrics, self.start_iter)
-        writers = [CommonMetricPrinter(self.max_iter), MetricsWriter(metrics)]
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError:
-            logger.warning("tensorboard is not installed, so only metrics.json is written")
-        else:
-            writers.append(TensorboardXWriter(folder, purge_step=self.start_iter or None))
-        return writers
+        return build_writers(self.cfg, self.start_iter, self.max_iter)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint of ``OUTPUT_DIR`` if ``resume`` and there is one; else load ``MODEL.WEIGHTS``.
@@ -281,8 +286,17 @@ class CoDETRTrainer(DefaultTrainer):
         """Train, evaluate, and return the last results of the evaluation, None without any."""
         self._trainer.seed = self.data_loader.batch_sampler.seed = self.seed
         self.data_loader.batch_sampler.start_iteration = self.start_iter
-        super().train()
-        return getattr(self, "_last_eval_results", None)
+        with suppress(_EndsEarly):
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+        results = getattr(self, "_last_eval_results", None)
+        if comm.is_main_process():
+            verify_results(self.cfg, results or {})
+        return results
+
+    def before_step(self) -> None:
+        if self.iter >= self.max_iter:  # a hook has lowered it: this step is not to be made any more
+            raise _EndsEarly
+        super().before_step()
 
     def run_step(self) -> None:
         with self._failing_step_does_not_count():

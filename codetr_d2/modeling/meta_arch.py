@@ -24,6 +24,7 @@ from .postprocess import detections_from_queries
 from .pyramid import FeaturePyramid, build_pyramid
 from .query_heads import QUERY_HEAD_REGISTRY
 from .structures import DecoderOutput
+from .training_pictures import TrainingPictures
 
 __all__ = ["CoDETR"]
 
@@ -55,6 +56,7 @@ class CoDETR(nn.Module):
         inference_dtype: torch.float32, or torch.bfloat16 for autocast at inference.
         compile: compile backbone, encoder and decoder for inference.
         canvas_value: value of the canvas's pixels before their normalisation.
+        training_pictures: draws what the query head predicts in training; or None.
     """
 
     PUBLISHED_NAMES = [
@@ -139,6 +141,7 @@ class CoDETR(nn.Module):
         canvas_value: float = 114.0,
         inference_dtype: torch.dtype = torch.float32,
         compile: bool = False,
+        training_pictures: TrainingPictures | None = None,
     ):
         super().__init__()
         self.backbone = backbone
@@ -164,6 +167,7 @@ class CoDETR(nn.Module):
         self.eval_head = eval_head
         self.mask_head = mask_head
         self.roi_masks = roi_masks
+        self.training_pictures = training_pictures
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
@@ -223,6 +227,9 @@ class CoDETR(nn.Module):
             "canvas_value": options.CANVAS_VALUE,
             "inference_dtype": getattr(torch, options.INFERENCE_DTYPE),
             "compile": options.COMPILE,
+            "training_pictures": TrainingPictures(cfg.VIS_PERIOD, cfg.INPUT.FORMAT, options.CLASS_NAMES)
+            if cfg.VIS_PERIOD > 0
+            else None,
         }
 
     @property
@@ -265,8 +272,10 @@ class CoDETR(nn.Module):
                 samples[name] = candidates
         query_losses, output = self.query_head.losses(memory, samples, instances)
         losses.update(query_losses)
+        logits, boxes, sizes = output.logits[-1].detach(), output.boxes[-1].detach(), memory.geometry.image_sizes
+        if self.training_pictures is not None:
+            self.training_pictures.put(batched_inputs, logits, boxes, sizes)
         if self.mask_head is not None:
-            logits, boxes, sizes = output.logits[-1].detach(), output.boxes[-1].detach(), memory.geometry.image_sizes
             detections = detections_from_queries(logits, boxes, sizes, self.query_head.max_detections)
             losses.update(self.mask_head.losses(memory, detections, instances))
         return losses

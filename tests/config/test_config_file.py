@@ -163,6 +163,12 @@ VIT = [
             1,
             r"BASE_LR_END is 1\.0; it must be from 0 to 0\.01",
         ),
+        (["SOLVER.REFERENCE_BATCH_SIZE", "-1"], 1, r"REFERENCE_BATCH_SIZE is -1; it must be at least 0"),
+        (
+            ["SOLVER.REFERENCE_BATCH_SIZE", "16", "SOLVER.REFERENCE_WORLD_SIZE", "8"],
+            1,
+            r"REFERENCE_BATCH_SIZE is 16 and SOLVER\.REFERENCE_WORLD_SIZE is 8; each scales .*set one of them to 0",
+        ),
         (["INPUT.FORMAT", "XYZ"], 1, r"INPUT\.FORMAT is 'XYZ'.*RGB, BGR"),
         (["INPUT.RANDOM_FLIP", "both"], 1, r"INPUT\.RANDOM_FLIP is 'both'.*none, horizontal, vertical"),
         (["DATALOADER.NUM_WORKERS", "-1"], 1, r"NUM_WORKERS is -1"),

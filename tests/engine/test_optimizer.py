@@ -274,3 +274,36 @@ def test_epochs_of_few_images_give_a_schedule_that_can_be_built(cfg):
 
 def test_a_schedule_in_iterations_stays(cfg):
     assert schedule_in_iterations(cfg, 10) is cfg
+
+
+def test_the_learning_rate_is_scaled_to_the_batch(cfg, caplog):
+    """By hand: 0.1 for 16 images is 0.025 for 4 and 0.4 for 64."""
+    cfg.SOLVER.LR_MULTIPLIERS = [["backbone", 0.1]]
+
+    def rates(images, reference):
+        cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_BATCH_SIZE = images, reference
+        optimizer = build_optimizer(cfg, make_model())
+        return sorted({group["lr"] for group in optimizer.param_groups}), optimizer.defaults["lr"]
+
+    for images, reference, rate in ((4, 0, 0.1), (16, 16, 0.1), (4, 16, 0.025), (64, 16, 0.4)):
+        groups, default = rates(images, reference)
+        assert groups == pytest.approx([0.1 * rate, rate]) and default == pytest.approx(rate)
+    with caplog.at_level(logging.INFO):
+        rates(4, 16)
+    assert (
+        "The learning rate is 0.025: SOLVER.BASE_LR 0.1 for SOLVER.IMS_PER_BATCH 4 in place of 16 images" in caplog.text
+    )
+
+
+def test_a_cosine_ends_at_a_scaled_rate_too(cfg):
+    cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.BASE_LR_END = "WarmupCosineLR", 0.01
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS = 10, 0
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_BATCH_SIZE = 4, 16
+    optimizer = build_optimizer(cfg, make_model())
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    seen = []
+    for _ in range(11):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert seen[0] == pytest.approx(0.025) and seen[-1] == pytest.approx(0.0025)

@@ -16,9 +16,9 @@ from torch import nn
 import train_net
 from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
 from codetr_d2.engine import check_config, evaluate, setup
-from codetr_d2.engine.hooks import MetricsWriter, drop_metrics_from
 from codetr_d2.engine.optimizer import build_optimizer
 from codetr_d2.engine.trainer import CoDETRTrainer, StepTrainer
+from codetr_d2.engine.writers import MetricsWriter, drop_metrics_from
 from codetr_d2.errors import InputError
 from codetr_d2.evaluation import DetectionEvaluator
 from codetr_d2.modeling.facts import ClassRows
@@ -352,6 +352,15 @@ def test_other_training_data_are_not_resumed(run_training, make_config, coco_jso
     data["annotations"] = [x for x in data["annotations"] if x["image_id"] != 13]
     with pytest.raises(InputError, match=r"resumed_data is not what.*\(14 images there, 13 now\)"):
         resume(data, "resumed_data").resume_or_load(True)
+
+
+def test_a_learning_rate_for_another_batch_is_that_of_this_one(run_training, tmp_path, assert_same_weights):
+    """Powers of two, so that no rounding comes in."""
+    short = ("SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()")
+    run_training(*short, "SOLVER.BASE_LR", 2**-7, "OUTPUT_DIR", tmp_path / "plain")
+    trainer = run_training(*short, "SOLVER.BASE_LR", 2**-5, "SOLVER.REFERENCE_BATCH_SIZE", 16)  # the batch is 4
+    assert_same_weights(tmp_path / "plain" / "model_final.pth", tmp_path / "run" / "model_final.pth")
+    assert trainer.cfg.SOLVER.BASE_LR == 2**-5  # as it was set, to be resumed and evaluated with
 
 
 def test_epochs_set_the_length_of_the_run(run_training):

@@ -371,6 +371,7 @@ class ROIHead(AuxiliaryHead):
         cfg.MODEL.ROI_HEADS.IN_FEATURES = level_names[:-1]
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.CODETR.NUM_CLASSES
         cfg.MODEL.MASK_ON = cfg.MODEL.MASK_ON and cfg.MODEL.CODETR.MASK_HEAD == "roi"
+        cfg.VIS_PERIOD = 0  # detectron2's mask branch would show every mask of a batch by itself, hundreds of them
         shapes = dict(zip(level_names, input_shapes))
         roi_heads = build_roi_heads(cfg, shapes)
         if not isinstance(roi_heads, CoROIHeads):
