@@ -65,7 +65,6 @@ class _Recipe:
         num_queries: of the file, as the next three.
         max_detections: ``TEST.DETECTIONS_PER_IMAGE``.
         batch: that belongs to its learning rate.
-        base_lr: its learning rate.
         short_sides: the least and the largest short side of an image that this chooses.
         target_side: nine of ten objects shall have at least this side (the root of their area), in pixels.
         num_seen: so many images, counted with repetition, are seen in training where that is within ``epochs``.
@@ -78,7 +77,6 @@ class _Recipe:
     num_queries: int
     max_detections: int
     batch: int
-    base_lr: float
     short_sides: tuple[int, int]
     target_side: int
     num_seen: int
@@ -93,7 +91,6 @@ _SMALL = _Recipe(
     num_queries=100,
     max_detections=100,
     batch=4,
-    base_lr=0.0005,
     short_sides=(128, 384),
     target_side=16,
     num_seen=4_000,
@@ -107,7 +104,6 @@ _RESNET = _Recipe(
     num_queries=300,
     max_detections=100,
     batch=16,
-    base_lr=0.0002,
     short_sides=(480, 1024),
     target_side=32,
     num_seen=100_000,
@@ -120,7 +116,6 @@ _DINO = _Recipe(
     num_queries=900,
     max_detections=300,
     batch=16,
-    base_lr=0.0002,
     short_sides=(480, 1024),
     target_side=32,
     num_seen=100_000,
@@ -153,7 +148,7 @@ class Suggestion:
 
 
 def suggest_config(facts: DatasetFacts, machine: Machine) -> Suggestion:
-    """A model, sizes of images and anchors, batch, learning rate and schedule for a dataset and a machine."""
+    """A model, sizes of images and anchors, batch and schedule for a dataset and a machine."""
     if machine.device == "cpu":
         recipe = _SMALL
     elif machine.memory_gb < _RESNET_FROM_GB:
@@ -248,7 +243,7 @@ def _set_numbers(found: Suggestion, facts: DatasetFacts, recipe: _Recipe) -> Non
 
 
 def _set_schedule(found: Suggestion, num_images: int, machine: Machine, recipe: _Recipe, pixels: int) -> None:
-    """Set batch, learning rate and epochs; ``pixels`` are those of the largest image."""
+    """Set batch and epochs; ``pixels`` are those of the largest image."""
     parts = 1
     if machine.device == "cpu":
         batch = recipe.batch
@@ -256,17 +251,13 @@ def _set_schedule(found: Suggestion, num_images: int, machine: Machine, recipe: 
         fixed, per_image = recipe.memory
         per_image *= pixels / (800 * 1333)
         fits = max(int((_USED_SHARE * machine.memory_gb - fixed) / per_image), 1)
-        batch = next(x for x in (16, 8, 4, 2, 1) if x <= fits)
+        batch = next(x for x in (16, 8, 4, 2, 1) if x <= min(fits, recipe.batch))
         if batch < 4:  # too noisy
             batch, parts = 4, 4 // batch
-    rate = float(f"{recipe.base_lr * math.sqrt(batch / recipe.batch):.2g}")
     found.set("SOLVER.IMS_PER_BATCH", batch)
     if parts > 1:
         found.set("SOLVER.ACCUMULATE_STEPS", parts, "what fits into the memory at a time")
-    reason = (
-        "" if batch == recipe.batch else f"{recipe.base_lr:g} at {recipe.batch} images, by the square root of the batch"
-    )
-    found.set("SOLVER.BASE_LR", rate, reason)
+    found.set("SOLVER.REFERENCE_BATCH_SIZE", recipe.batch, "BASE_LR is meant for it; training scales it to the batch")
     epochs = int(np.clip(math.ceil(recipe.num_seen / num_images), *recipe.epochs))
     iterations = math.ceil(epochs * num_images / batch)
     found.set("SOLVER.MAX_EPOCHS", epochs, f"{iterations} iterations")

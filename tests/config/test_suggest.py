@@ -11,6 +11,7 @@ from torchvision.ops import box_iou
 from codetr_d2.config.config_file import load_config
 from codetr_d2.config.suggest import DatasetFacts, Machine, roi_anchors, suggest_config, write_config
 from codetr_d2.engine.anchor_check import warn_of_unsuitable_anchors
+from codetr_d2.engine.optimizer import batch_factor
 from tests.tiny_run import CONFIGS
 
 CPU = Machine("cpu")
@@ -115,14 +116,16 @@ def test_what_fits_into_a_gpu(memory, base, batch, parts):
     """Pictures of up to 592 x 800 pixels are 0.44 of 800 x 1333: 1.6 GB each, of 85% of the memory."""
     options = suggest_config(facts(37), Machine("cuda", memory))
     assert options.base.startswith(base)
-    if base != "quick_start/":
-        assert options.options["SOLVER.IMS_PER_BATCH"] == batch
-        assert options.options.get("SOLVER.ACCUMULATE_STEPS", 1) == parts
+    assert options.options["SOLVER.IMS_PER_BATCH"] == batch
+    assert options.options.get("SOLVER.ACCUMULATE_STEPS", 1) == parts
 
 
-def test_learning_rate_by_the_square_root_of_the_batch():
-    options = suggest_config(facts(37), Machine("cuda", 8)).options
-    assert options["SOLVER.IMS_PER_BATCH"] == 4 and options["SOLVER.BASE_LR"] == 0.0001  # 0.0002 * sqrt(4 / 16)
+def test_the_learning_rate_follows_the_batch(tmp_path):
+    cfg = load(suggest_config(facts(37), Machine("cuda", 8)), tmp_path)
+    assert cfg.SOLVER.IMS_PER_BATCH == 4 and cfg.SOLVER.BASE_LR * batch_factor(cfg) == pytest.approx(0.0002 / 4)
+    for machine in (CPU, Machine("cuda", 4)):
+        cfg = load(suggest_config(facts(37), machine), tmp_path)
+        assert cfg.SOLVER.IMS_PER_BATCH == 4 and cfg.SOLVER.BASE_LR * batch_factor(cfg) == 0.0005
 
 
 @pytest.mark.parametrize("number, epochs", [(10, 200), (100, 40), (600, 7), (5000, 5)])
