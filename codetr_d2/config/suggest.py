@@ -84,7 +84,8 @@ class _Recipe:
     memory: tuple[float, float]
 
 
-# Memory: measured on an NVIDIA H200 in float32 with 20 objects (docs/performance/h200_models.json, h200_train_k.json).
+# Memory: measured in float32 with 20 objects; the small model on a CPU, the others on an NVIDIA H200
+# (docs/performance/h200_models.json, h200_train_k.json).
 _SMALL = _Recipe(
     file="quick_start/co_deformable_detr_efficientnet_lite0_trees.yaml",
     strides=(8, 16, 32, 64),

@@ -1,5 +1,6 @@
 """COCO's json, as of Roboflow, CVAT, Label Studio and many more: one file, or one for each split."""
 
+import math
 import re
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def read_coco(source: Source) -> Export:
                 elif (image := images[entry["image_id"]]) is not None:
                     segmentation = entry.get("segmentation") or None
                     x, y, width, height = map(float, entry["bbox"])
-                    more = {"area": float(entry["area"])} if entry.get("area") else {}
+                    area = float(entry.get("area") or 0)
+                    more = {"area": area} if 0 < area < math.inf else {}
                     if entry.get("iscrowd"):
                         more["iscrowd"] = 1
                     builder.object(image, names[entry["category_id"]], (x, y, width, height), segmentation, **more)

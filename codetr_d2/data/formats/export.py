@@ -233,7 +233,7 @@ class ExportBuilder:
         """Call ``parse``; where the file's content makes it fail, that is a problem and not an error."""
         try:
             parse()
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
             text = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
             self.problem("unreadable annotation file", f"{file}: {text}")
 

@@ -56,7 +56,17 @@ def read_export(path: Path, images: Path | None = None, format: str = "") -> Exp
             f"{path} holds {what}. These are read: COCO json, YOLO with data.yaml or classes.txt, Pascal VOC, LabelMe, "
             "CVAT for images 1.1, Label Studio JSON; of Roboflow and others choose one of these when exporting."
         )
-    return FORMATS[names[0]](Source(root, found[names[0]], PictureFolder(*([images] if images else [root]))))
+    files = found[names[0]]
+    try:
+        return FORMATS[names[0]](Source(root, files, PictureFolder(*([images] if images else [root]))))
+    except InputError:
+        raise
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, OSError) as error:
+        text = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise InputError(
+            f"{files[0]} is not what a file of the format {names[0]} should be ({text}). Export it again, or name "
+            "another format with --format."
+        ) from error
 
 
 def _find_files(path: Path, format: str) -> dict[str, list[Path]]:

@@ -326,6 +326,16 @@ def test_pictures_of_the_same_name(tmp_path):
         (lambda folder: exports.write_text(folder / "a.json", '{"x": 1}'), "holds no annotations of a known format"),
         (lambda folder: exports.write_text(folder / "a.json", '{"images": ['), "is not readable JSON"),
         (lambda folder: exports.write_text(folder / "a.xml", "<annotations><image>"), "is not readable XML"),
+        (
+            lambda folder: exports.write_text(folder / "data.yaml", "names: {cat: 0}"),
+            "data.yaml is not what .* should be",
+        ),
+        (
+            lambda folder: exports.write_text(
+                folder / "a.json", '{"images": [{}], "annotations": [], "categories": [{"id": 1, "name": "x"}]}'
+            ),
+            "a.json is not what a file of the format coco should be .no 'file_name'.",
+        ),
     ],
 )
 def test_nothing_to_read(prepare, message, tmp_path):
