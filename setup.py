@@ -66,7 +66,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["codetr_d2", "codetr_d2.*"]),
-    package_data={"codetr_d2.ops": ["*.h", "*/*.cpp", "*/*.h"]},
+    package_data={
+        "codetr_d2.ops": ["*.h", "*/*.cpp", "*/*.h"],
+        "codetr_d2.report": ["*.html", "*.css", "*.js"],
+    },
     install_requires=[
         "torch>=2.6",  # reads checkpoints of strangers without running what they hold
         "torchvision",
@@ -84,7 +87,7 @@ setup(
         "tqdm",
         # OpenCV too, as opencv-python or opencv-python-headless: detectron2 and the demo import cv2 from either.
     ],
-    extras_require={"dev": ["pytest", "ruff", "transformers"]},
+    extras_require={"dev": ["playwright", "pytest", "ruff", "transformers"]},
     ext_modules=[extension],
     cmdclass={"build_ext": OptionalBuildExtension},
 )

@@ -59,6 +59,7 @@ class Detections:
         boxes: [M, 4] xywh in pixels.
         scores: [M] between 0 and 1.
         masks: M compressed run-length encodings, or None where the model has no masks.
+        indices: [M] place of each in the results that they were made of.
         lenient: [M] bool; one that finds nothing is no error (LVIS, where a class is not annotated exhaustively).
     """
 
@@ -67,6 +68,7 @@ class Detections:
     boxes: np.ndarray
     scores: np.ndarray
     masks: list[dict] | None
+    indices: np.ndarray
     lenient: np.ndarray
 
     @classmethod
@@ -101,6 +103,7 @@ class Detections:
             boxes=np.array([results[i]["bbox"] for i in order], np.float64).reshape(-1, 4),
             scores=scores[order],
             masks=[results[i]["segmentation"] for i in order] if has_masks else None,
+            indices=order,
             lenient=lenient[order],
         )
 

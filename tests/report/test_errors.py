@@ -21,8 +21,8 @@ def truth_of(*objects):
 def found_of(*detections):
     """(class, score, x, y, w, h) of each detection of it."""
     rows = np.array(detections, float).reshape(-1, 6)
-    zeros = np.zeros(len(rows))
-    return Detections(zeros.astype(int), rows[:, 0].astype(int), rows[:, 2:], rows[:, 1], None, zeros.astype(bool))
+    images, indices = np.zeros(len(rows), int), np.arange(len(rows))
+    return Detections(images, rows[:, 0].astype(int), rows[:, 2:], rows[:, 1], None, indices, images.astype(bool))
 
 
 def evaluate(truth, found, num_classes):
