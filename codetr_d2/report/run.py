@@ -67,7 +67,7 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder / 'config.yaml'}: DATASETS.TEST names no dataset; the report is about one")
     name = cfg.DATASETS.TEST[-1]
     dataset, style = annotated_images(name, cfg.MODEL.CODETR.NUM_CLASSES), evaluation_style(name)
-    if not any(record["annotations"] for record in dataset.records):
+    if all(x["iscrowd"] for record in dataset.records for x in record["annotations"]):
         raise InputError(f"{dataset.source} has no boxes to compare detections with; name another in DATASETS.TEST")
     weights = _weights(folder)
     file = folder / "inference" / f"{style}_instances_results.json"

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from ..config.defaults import add_codetr_config
 from ..evaluation.evaluator import precisions
 from ..modeling.auxiliary.base import auxiliary_head_names
 from .confusion import objects_meant
-from .curves import RECALLS, interpolated_precision, score_curve
+from .curves import interpolated_precision, score_curve
 from .detections import Detections, GroundTruth, Task, find_matches
 from .errors import ERROR_KINDS, MISSED, ap_without_each_kind, find_errors
 from .run import Run
@@ -85,10 +86,11 @@ def evaluate_task(run: Run, task: Task, evaluated: Evaluated) -> dict:
     Returns:
         ``overall``: AP, AP50, AP75, APs, APm, APl. ``classes``: see :func:`class_rows`. ``curves``: of each class,
         and as the last row of their mean, ``precision_by_recall`` [101] at an IoU of 0.5, and ``precision``, ``recall``
-        and ``f1`` at each of THRESHOLDS. ``best_bin``, ``best_f1``: where the mean F1 is best, as an
-        index into THRESHOLDS, and that F1. ``errors``: of each kind ``cost``, the AP50
-        that it takes. ``counts``: [kind, class, bin of the score, number] of errors; for missed objects the last
-        bin in which they are not. ``confusion``: [true class, class, bin, number], background being one class more.
+        and ``f1`` at each of THRESHOLDS. ``best_bin``, ``best_f1``: where the mean F1 is best, as an index into
+        THRESHOLDS, and that F1. ``errors``: of each ``kind`` the ``cost``, which is what AP50 would gain without it (0
+        where it would lose), and AP50 itself. ``counts``: [kind, class, bin of the score, number] of errors; for missed
+        objects the last bin in which they are not. ``confusion``: [true class, class, bin, number], background being
+        one class more.
     """
     truth, found, matches = evaluated.truth, evaluated.found, evaluated.matches
     number = len(run.class_names)
@@ -113,7 +115,7 @@ def evaluate_task(run: Run, task: Task, evaluated: Evaluated) -> dict:
         """The curve of each class, and their mean, each where it is defined."""
         with np.errstate(invalid="ignore"):
             rows = np.array([values[k] for k in there])
-            mean = np.nansum(rows, axis=0) / np.isfinite(rows).sum(0) if there else None
+            mean = np.nansum(rows, axis=0) / np.isfinite(rows).sum(0)
         return [_numbers(x, 3) for x in [*values, mean]]
 
     return {
@@ -190,11 +192,11 @@ def run_data(run: Run, evaluated: dict[Task, Evaluated], with_cost: bool = True)
         "name": run.folder.resolve().name,
         "tasks": {task: evaluate_task(run, task, evaluated[task]) for task in evaluated},
         "training": [
-            {**chart, "series": [{**x, "y": _numbers(x["y"], 5)} for x in chart["series"]]}
+            {**chart, "series": [{**x, "y": [float(f"{y:.5g}") for y in x["y"]]} for x in chart["series"]]}
             for chart in training_charts(run.metrics, auxiliary_head_names(run.cfg.MODEL.CODETR.AUX_HEADS))
         ],
         "config": config_differences(run),
-        "about": about(run),
+        "about": about(run, evaluated["bbox"].truth),
         "cost": cost_of(run) if with_cost else None,
         "commands": commands(run),
     }
@@ -212,9 +214,8 @@ def config_differences(run: Run) -> list[dict]:
     ]
 
 
-def about(run: Run) -> list[list[str]]:
+def about(run: Run, truth: GroundTruth) -> list[list[str]]:
     """[what, value] of the run."""
-    truth = GroundTruth.of(run.dataset)
     objects, crowds = int((~truth.crowds).sum()), int(truth.crowds.sum())
     rows = [["folder", str(run.folder)], ["test dataset", f"{run.dataset_name}, {run.dataset.source}"]]
     what = f"{len(run.dataset.records)} images with {objects} objects" + (f" and {crowds} crowds" if crowds else "")
@@ -242,12 +243,20 @@ def _versions(run: Run) -> dict[str, str]:
 
 def commands(run: Run) -> list[list[str]]:
     """[what, command line] to go on from here."""
-    config, weights = run.folder / "config.yaml", run.weights or run.folder / "model_final.pth"
-    found, last = run.folder / "found", f"MODEL.WEIGHTS {weights}"
-    return [
-        ["evaluate again", f"python train_net.py --config-file {config} --eval-only {last}"],
-        ["predict", f"python demo/predict.py PICTURE --config-file {config} --output {found} {last}"],
+    weights = str(run.weights or run.folder / "model_final.pth")
+    model = ["--config-file", str(run.folder / "config.yaml")]
+    evaluate = ["python", "train_net.py", *model, "--eval-only", "MODEL.WEIGHTS", weights]
+    predict = [
+        "python",
+        "demo/predict.py",
+        "PICTURE",
+        *model,
+        "--weights",
+        weights,
+        "--output",
+        str(run.folder / "found"),
     ]
+    return [["evaluate again", shlex.join(evaluate)], ["predict", shlex.join(predict)]]
 
 
 def cost_of(run: Run) -> dict:
@@ -281,11 +290,4 @@ def _number(value: float | None, digits: int) -> float | None:
 
 
 def _numbers(values: Sequence[float] | np.ndarray | None, digits: int) -> list | None:
-    if values is None:
-        return None
-    if digits == 5:  # significant ones
-        return [float(f"{x:.5g}") for x in values]
-    return [_number(x, digits) for x in values]
-
-
-assert len(RECALLS) == 101  # the page draws precision over hundredths of recall
+    return None if values is None else [_number(x, digits) for x in values]

@@ -347,6 +347,7 @@ function drawConfusion() {
   }
   $("confusion-note").textContent = `Objects and detections with a score of ${(state.least / 100).toFixed(2)} or more, paired whatever their classes where their IoU is 0.5 or more; detections choose in the order of their scores. ` +
     `Background: nothing was found, or there is nothing.` + (shown.length < size ? ` The ${limit} classes with the most confusions of ${classes.length} are shown.` : "");
+  $("confusion-table").classList.toggle("many", shown.length > 13);
   const asShare = $("as-share").checked, most = Math.max(...shown.flatMap((i) => shown.map((j) => matrix[i][j])), 1);
   const head = make("tr", {}, make("th", { scope: "col" }, "is \\ taken for"), ...shown.map((j) => make("th", { scope: "col", title: name(j) }, name(j))));
   const body = shown.map((i) => {
@@ -371,7 +372,12 @@ function drawConfusion() {
 
 // --- Pictures -----------------------------------------------------------------------------------------------------
 // What a picture holds of a run at the chosen score: detections, and objects with what became of them.
+let known = new Map(); // picture -> its contents of each run, at the chosen score
 function contents(picture, r) {
+  if (!known.has(picture)) known.set(picture, runs.map((_, i) => contentsOf(picture, i)));
+  return known.get(picture)[r];
+}
+function contentsOf(picture, r) {
   const name = taskName(runs[r]);
   const found = picture.runs[r].filter((d) => d[name] && binOf(d[name][1]) >= state.least).map((d) => ({ class: d.class, box: d.box, mask: d.mask, kind: d[name][0], points: d[name][1] }));
   found.sort((a, b) => b.points - a.points);
@@ -462,9 +468,14 @@ function overlay(picture, r, withLabels) {
   }
   return svg;
 }
-function pane(picture, r, withLabels) {
+const images = new Map(); // of cards, decoded once
+function imageOf(picture, r) {
+  if (!images.has(picture)) images.set(picture, runs.map(() => make("img", { src: picture.source, alt: "" })));
+  return images.get(picture)[r];
+}
+function pane(picture, r, withLabels, image) {
   const tall = picture.height * 4 > picture.width * 3;
-  const frame = make("div", { class: `frame ${tall ? "tall" : "wide"}`, style: `aspect-ratio:${picture.width} / ${picture.height}` }, make("img", { src: picture.source, alt: "" }), overlay(picture, r, withLabels));
+  const frame = make("div", { class: `frame ${tall ? "tall" : "wide"}`, style: `aspect-ratio:${picture.width} / ${picture.height}` }, image, overlay(picture, r, withLabels));
   return make("div", { class: "pane" }, isPair ? make("b", {}, runNames[r]) : null, frame);
 }
 const fileName = (picture) => picture.file.split("/").at(-1);
@@ -476,7 +487,7 @@ function drawGallery() {
   state.chosen = chosen.map((row) => row.picture);
   const cards = chosen.slice(0, state.cards).map(({ picture, errors }, i) => {
     const text = make("span", { class: "card-text" }, make("span", { title: picture.file }, fileName(picture)), make("span", {}, errorText(errors)));
-    const panes = make("span", { class: "panes" }, ...runs.map((_, r) => pane(picture, r, false)));
+    const panes = make("span", { class: "panes" }, ...runs.map((_, r) => pane(picture, r, false, imageOf(picture, r))));
     return make("li", {}, make("button", { type: "button", class: "card", "aria-label": `${fileName(picture)}, ${errorText(errors)}. Enlarge`, on: { click: () => openZoom(i) } }, panes, text));
   });
   $("gallery").replaceChildren(...cards);
@@ -507,7 +518,7 @@ function drawZoom() {
     if (isEnd && document.activeElement === $(id)) $("zoom-close").focus(); // a disabled button would lose the focus
     $(id).disabled = isEnd;
   }
-  $("zoom-panes").replaceChildren(...runs.map((_, r) => pane(picture, r, $("show-labels").checked)));
+  $("zoom-panes").replaceChildren(...runs.map((_, r) => pane(picture, r, $("show-labels").checked, make("img", { src: picture.source, alt: "" }))));
   for (const element of $("zoom-panes").children) listen(element);
   const tables = runs.map((run, r) => {
     const { found, objects } = contents(picture, r);
@@ -629,6 +640,7 @@ function update() {
   $("score-value").textContent = (state.least / 100).toFixed(2);
   $("score").setAttribute("aria-valuetext", `${(state.least / 100).toFixed(2)}`);
   state.cards = FIRST_CARDS;
+  known = new Map();
   drawSummary(); drawClasses(); drawCurves(); drawErrors(); drawConfusion(); drawGallery();
 }
 function bestScore() {

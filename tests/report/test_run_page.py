@@ -3,7 +3,9 @@
 import doctest
 import json
 import re
+import shlex
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from pycocotools import mask as mask_util
 
+import train_net
 from codetr_d2.errors import InputError
 from codetr_d2.evaluation import average_precisions
 from codetr_d2.report import pictures, run_page
@@ -22,6 +25,7 @@ from codetr_d2.report.run import read_metrics, read_run
 from codetr_d2.report.run_data import Evaluated, config_differences
 from codetr_d2.report.run_page import page_data, write_run_page
 from codetr_d2.report.training import training_charts
+from demo import predict
 from tests.report.tiny_report import CLASS_NAMES, copy_with_other_scores
 
 
@@ -180,6 +184,19 @@ def test_options_that_differ_from_the_defaults(run):
     assert "SOLVER.WEIGHT_DECAY_NORM" not in found and "OUTPUT_DIR" not in found
 
 
+def test_commands_are_those_of_the_programs(data):
+    lines = {what: shlex.split(line) for what, line in data["runs"][0]["commands"]}
+    folder = Path(dict(data["runs"][0]["about"])["folder"])
+    evaluate = train_net.build_parser().parse_args(lines["evaluate again"][2:])
+    assert evaluate.eval_only and evaluate.opts == ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
+    predict_arguments = predict.parse_arguments(lines["predict"][2:])
+    assert (evaluate.config_file, predict_arguments.config_file) == (
+        str(folder / "config.yaml"),
+        folder / "config.yaml",
+    )
+    assert predict_arguments.weights == str(folder / "model_final.pth")
+
+
 def test_metrics_that_were_cut_off(run, tmp_path):
     lines = (run.folder / "metrics.json").read_text()
     (tmp_path / "metrics.json").write_text(lines[:-10])
@@ -227,6 +244,18 @@ def test_detections_of_something_else(run, tmp_path, content, message):
     (folder / "inference" / "coco_instances_results.json").write_text(content)
     with pytest.raises(InputError, match=message):
         read_run(folder)
+
+
+def test_nothing_to_find(run, tmp_path):
+    """Crowds alone."""
+    folder = shutil.copytree(run.folder.parent, tmp_path / "other")
+    config = (run.folder / "config.yaml").read_text().replace(str(run.folder.parent), str(folder))
+    (folder / "run" / "config.yaml").write_text(config)
+    data = json.loads((folder / "data" / "truth.json").read_text())
+    crowds = [x for x in data["annotations"] if x["iscrowd"]]
+    (folder / "data" / "truth.json").write_text(json.dumps({**data, "annotations": crowds}))
+    with pytest.raises(InputError, match="has no boxes to compare"):
+        read_run(folder / "run")
 
 
 def test_no_run_in_the_folder(tmp_path):
