@@ -56,6 +56,26 @@ def sorted_annotations(data, record):
     return [x for x in data["annotations"] if x["image_id"] == record["image_id"]]
 
 
+def test_object_before_crowd_and_the_last_of_two_equal_ones():
+    """As pycocotools does; neither occurs by chance. Columns are (x, width), all 20 pixels high."""
+    objects = [(0, 20), (8, 20), (60, 20), (50, 40)]  # the first two mirror each other around the first detection
+    annotations = [
+        {"bbox": [x, 0, w, 20], "bbox_mode": 1, "category_id": 0, "iscrowd": int(i == 3)}
+        for i, (x, w) in enumerate(objects)
+    ]
+    dataset = AnnotatedImages("columns", [{"image_id": 1, "file_name": "a.png", "annotations": annotations}])
+    columns = [(4, 20, 0.9), (0, 20, 0.8), (63, 20, 0.7), (52, 7, 0.6)]
+    results = [{"image_id": 1, "category_id": 0, "bbox": [x, 0, w, 20], "score": s} for x, w, s in columns]
+    matches = find_matches(GroundTruth.of(dataset), Detections.of(dataset, results, "bbox", "coco"), "bbox")
+    assert matches.truth_of.tolist() == [1, 0, 2, 3] and matches.ignored.tolist() == [False, False, False, True]
+    coco = {"info": {}, "images": [{"id": 1, "height": 20, "width": 100}], "categories": [{"id": 0, "name": "x"}]}
+    coco["annotations"] = [
+        {**x, "id": i + 1, "image_id": 1, "area": x["bbox"][2] * 20} for i, x in enumerate(annotations)
+    ]
+    (image, *_) = pycocotools_evaluation(coco, results, "bbox").evalImgs
+    assert image["dtMatches"][0].tolist() == [2, 1, 3, 4]
+
+
 def lvis_like():
     """One picture, annotated with class 0, known to lack class 1, class 2 not exhaustively; nothing known of 3."""
     box = {"bbox_mode": 1, "iscrowd": 0}

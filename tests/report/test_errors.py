@@ -79,12 +79,12 @@ def test_what_stands_before_a_right_detection_costs():
 
 
 def test_only_the_best_of_two_errors_is_mended():
-    """The second means the same object, and is left out."""
+    """The second means the same object, and is left out: the other object stays lost."""
     truth = truth_of((0, 0, 0, 20, 20), (0, 100, 0, 20, 20))
-    found = found_of((0, 0.9, 10, 0, 20, 20), (0, 0.8, 0, 10, 20, 20), (0, 0.7, 100, 0, 20, 20))
-    kinds, _, _, without = evaluate(truth, found, 1)
-    assert kinds == ["location", "location", ""]
-    assert without["location"] == pytest.approx(100)
+    found = found_of((0, 0.9, 10, 0, 20, 20), (0, 0.8, 0, 10, 20, 20))
+    kinds, _, ap, without = evaluate(truth, found, 1)
+    assert kinds == ["location", "location"] and ap == 0
+    assert without["location"] == pytest.approx(100 * 51 / 101)
 
 
 def test_missed_objects_are_not_counted():
