@@ -78,7 +78,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["codetr_d2", "codetr_d2.*"]),
-    package_data={"codetr_d2.ops": ["*.h", "*/*.cpp", "*/*.h"], "codetr_d2.report": ["*.html"]},
+    package_data={
+        "codetr_d2.ops": ["*.h", "*/*.cpp", "*/*.h"],
+        "codetr_d2.report": ["*.html", "*.css", "*.js"],
+    },
     install_requires=[
         "torch>=2.6",  # reads checkpoints of strangers without running what they hold
         "torchvision",
@@ -99,7 +102,10 @@ setup(
         "tensorboard",
         # OpenCV too, as opencv-python or opencv-python-headless: detectron2 and the demo import cv2 from either.
     ],
-    extras_require={"dev": ["pytest", "ruff", "transformers", "globox"], "trackers": ["wandb", "mlflow"]},
+    extras_require={
+        "dev": ["globox", "playwright", "pytest", "ruff", "transformers"],
+        "trackers": ["mlflow", "wandb"],
+    },
     ext_modules=[extension],
     cmdclass={"build_ext": OptionalBuildExtension, "build_py": BuildWithConfigs},
 )

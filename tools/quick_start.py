@@ -5,8 +5,8 @@
 
 It prepares the dataset and the backbone's weights, runs train_net.py with the config of model and dataset in
 configs/quick_start (all have a co_deformable_detr, digits and nuclei a co_dino, digits a co_conditional_detr and a
-co_dab_detr), and writes predictions.png, curves.png and summary.json beside the checkpoints. An interrupted run is gone
-on with; of a finished one, only the report is made anew, unless --fresh.
+co_dab_detr), and writes report.html, predictions.png, curves.png and summary.json beside the checkpoints. An
+interrupted run is gone on with; of a finished one, only the report is made anew, unless --fresh.
 """
 
 import argparse
@@ -39,6 +39,8 @@ from codetr_d2.data import load_datasets, read_image, register_datasets
 from codetr_d2.engine.metrics_file import is_finished, read_metrics
 from codetr_d2.errors import InputError
 from codetr_d2.inference import Predictor
+from codetr_d2.report.run import read_run
+from codetr_d2.report.run_page import write_run_page
 from codetr_d2.visualization import draw_annotations, draw_predictions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +129,11 @@ def draw_curves(metrics: list[dict], file: Path) -> None:
     plt.close(figure)
 
 
+def write_report(output: Path) -> None:
+    """The page of the run."""
+    write_run_page([read_run(output)], output / "report.html")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", choices=sorted(PREPARE))
@@ -160,6 +167,7 @@ def main() -> None:
     picture = draw_test_pictures(cfg, predictor, output / "predictions.png")
     metrics = read_metrics(output)
     draw_curves(metrics, output / "curves.png")
+    write_report(output)
     last = next(x for x in reversed(metrics) if "bbox/AP" in x)
     final = {
         what: {name: last[f"{task}/{name}"] for name in METRICS} for task, what in TASKS.items() if f"{task}/AP" in last
@@ -182,6 +190,7 @@ def main() -> None:
         "files": {
             "weights": str(output / "model_final.pth"),
             "config": str(output / "config.yaml"),
+            "report": str(output / "report.html"),
             "predictions": str(output / "predictions.png"),
             "curves": str(output / "curves.png"),
             "log": str(output / "log.txt"),

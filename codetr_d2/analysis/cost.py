@@ -94,7 +94,7 @@ def build_with_random_weights(cfg: CfgNode) -> nn.Module:
     """The model of a config for inference on its device: with random weights, and in need of neither file nor data."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED = "", False
     return build_model(cfg).eval()
 
 

@@ -24,7 +24,14 @@ from ..data.datasets import annotated_images
 from ..errors import InputError
 from .mask_encoding import encode_mask
 
-__all__ = ["DetectionEvaluator", "average_precisions", "evaluation_style", "to_coco_results"]
+__all__ = [
+    "DetectionEvaluator",
+    "average_precisions",
+    "distinct_names",
+    "evaluation_style",
+    "precisions",
+    "to_coco_results",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +161,30 @@ def average_precisions(
         ``AP``, at IoU thresholds ``AP50``, ``AP75``, by area ``APs``, ``APm``, ``APl``; with COCO's style ``AP-name``
         of each class where there are several, with LVIS's ``APr``, ``APc``, ``APf`` by the frequency of the category.
     """
+    precision = precisions(dataset, results, task, style)
+
+    def mean(values: np.ndarray) -> float:
+        values = values[values > -1]
+        return float(values.mean() * 100) if values.size else float("nan")
+
+    ap = {"AP": mean(precision[..., 0])}
+    ap["AP50"], ap["AP75"] = mean(precision[0, :, :, 0]), mean(precision[5, :, :, 0])
+    ap.update({f"AP{area}": mean(precision[..., i]) for i, area in enumerate("sml", 1)})
+    if style == "lvis":
+        frequencies = np.array([x["frequency"] for x in dataset.categories])
+        ap.update({f"AP{x}": mean(precision[:, :, frequencies == x, 0]) for x in FREQUENCIES})
+    elif len(dataset.categories) > 1:
+        names = distinct_names(dataset.categories)
+        ap.update({f"AP-{name}": mean(precision[:, :, i, 0]) for i, name in enumerate(names)})
+    return ap
+
+
+def precisions(
+    dataset: AnnotatedImages, results: list[dict], task: Literal["bbox", "segm"], style: Style
+) -> np.ndarray:
+    """[T, R, K, A] precision at each IoU threshold 0.5, 0.55, ... 0.95, recall 0, 0.01, ... 1, class, and area: all,
+    small, medium, large. -1 where there is nothing to find. Arguments as those of :func:`average_precisions`.
+    """
     truth = COCO(_ground_truth(dataset, results, task))
     found = truth.loadRes(_detections(dataset, results, task, style))
     evaluation = COCOeval_faster(truth, found, task, lvis_style=style == "lvis", print_function=logger.debug)
@@ -161,22 +192,7 @@ def average_precisions(
         evaluation.params.maxDets = [MAX_DETECTIONS[style]]
     evaluation.evaluate()
     evaluation.accumulate()
-    precision = evaluation.eval["precision"][..., -1]  # [thresholds, recalls, classes, areas], -1 where there is none
-
-    def mean(values: np.ndarray) -> float:
-        values = values[values > -1]
-        return float(values.mean() * 100) if values.size else float("nan")
-
-    ap = {"AP": mean(precision[..., 0])}
-    ap["AP50"], ap["AP75"] = mean(precision[0, :, :, 0]), mean(precision[5, :, :, 0])  # thresholds 0.5, 0.55, ... 0.95
-    ap.update({f"AP{area}": mean(precision[..., i]) for i, area in enumerate("sml", 1)})
-    if style == "lvis":
-        frequencies = np.array([x["frequency"] for x in dataset.categories])
-        ap.update({f"AP{x}": mean(precision[:, :, frequencies == x, 0]) for x in FREQUENCIES})
-    elif len(dataset.categories) > 1:
-        names = _distinct_names(dataset.categories)
-        ap.update({f"AP-{name}": mean(precision[:, :, i, 0]) for i, name in enumerate(names)})
-    return ap
+    return evaluation.eval["precision"][..., -1]
 
 
 def _class_table(classes: list[tuple[str, float]], columns: int = 3) -> str:
@@ -185,7 +201,7 @@ def _class_table(classes: list[tuple[str, float]], columns: int = 3) -> str:
     return tabulate(rows, headers, tablefmt="pipe", floatfmt=".3f", numalign="left")
 
 
-def _distinct_names(categories: list[dict]) -> list[str]:
+def distinct_names(categories: list[dict]) -> list[str]:
     """The names of the classes, with their ids where several have one name."""
     names = [x["name"] for x in categories]
     return [f"{x['name']} (id {x['id']})" if names.count(x["name"]) > 1 else x["name"] for x in categories]

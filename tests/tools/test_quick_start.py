@@ -39,6 +39,8 @@ def quick_start(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(script.prepare_efficientnet, "prepare", lambda file: None)
     monkeypatch.setattr(script, "DATASETS", tmp_path / "datasets")
     monkeypatch.setattr(script, "NUM_PICTURES", 2)  # drawing takes longest
+    script.really_write_report = script.write_report  # but for this, which one test calls
+    monkeypatch.setattr(script, "write_report", lambda output: (output / "report.html").write_text("a page"))
     monkeypatch.chdir(tmp_path)  # main() changes the folder: monkeypatch brings it back
     script.commands = commands
     return script
@@ -73,6 +75,7 @@ def run_main(script, monkeypatch, *arguments):
 
 def test_report_of_a_finished_run(quick_start, make_run, monkeypatch, capsys):
     output = make_run()
+    monkeypatch.setattr(quick_start, "write_report", quick_start.really_write_report)
     run_main(quick_start, monkeypatch, "--output", output)
     assert quick_start.commands == []  # nothing is trained
     printed = capsys.readouterr().out
@@ -85,6 +88,7 @@ def test_report_of_a_finished_run(quick_start, make_run, monkeypatch, capsys):
     assert summary["next_command"] in printed
     for file in summary["files"].values():
         assert file in printed
+    assert "<title>output: report</title>" in (output / "report.html").read_text()
     for name in ("predictions.png", "curves.png"):
         pixels = np.asarray(Image.open(output / name).convert("RGB"))
         assert min(pixels.shape[:2]) > 400 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
