@@ -12,6 +12,10 @@ export GOMP_SPINCOUNT ?= 3000
 # Of detectron2's libraries, on each import: not for the users of this project to mend.
 export PYTHONWARNINGS ?= ignore::FutureWarning:torch.jit._script
 
+# Tests run in so many processes, each with one thread.
+TEST_PROCESSES ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --maxprocesses 4 --dist loadfile --durations=10
+
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -74,10 +78,10 @@ lint: $(SETUP_DONE)
 	$(RUN) -m ruff format --check .
 
 test: lint
-	$(RUN) -m pytest --ignore=tests/end_to_end --durations=10
+	$(PYTEST) --ignore=tests/end_to_end
 
 test-fast: $(SETUP_DONE)
-	$(RUN) -m pytest --ignore=tests/end_to_end -m 'not slow' --durations=10
+	$(PYTEST) --ignore=tests/end_to_end -m 'not slow'
 
 test-end-to-end: $(SETUP_DONE)
 	$(RUN) -m pytest tests/end_to_end --durations=10
@@ -100,7 +104,7 @@ $(REQUIREMENTS_DONE): requirements.txt tools/install_detectron2.py
 	    && $(RUN) -m pip install -r requirements.txt \
 	    || { echo 'error: could not install requirements.txt. Check network and disk, then: make setup' >&2; exit 1; }
 	@$(RUN) tools/install_detectron2.py
-	@$(RUN) -W ignore -c 'import cv2, detectron2.engine, matplotlib, pycocotools, pytest, scipy, sklearn, timm, torchvision' \
+	@$(RUN) -W ignore -c 'import cv2, detectron2.engine, matplotlib, pycocotools, pytest, xdist, scipy, sklearn, timm, torchvision' \
 	    || { echo 'error: the installation in $(VENV) is damaged. Make it anew: rm -rf "$(VENV)" && make setup' >&2; exit 1; }
 	@touch "$@"
 
