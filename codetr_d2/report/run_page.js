@@ -528,7 +528,7 @@ function drawZoom() {
     const rows = [...found.entries()].filter(inClass).map(([i, d]) => row(`d${i}`, d.kind, [classes[d.class], (d.points / 10000).toFixed(3)]));
     rows.push(...[...objects.entries()].filter(inClass).filter(([, o]) => !o.isFound).map(([i, o]) => row(`o${i}`, o.isMissed ? "missed" : "not found", [classes[o.class], "–"])));
     const head = make("tr", {}, ...["Class", "Score", "Kind"].map((text) => make("th", { scope: "col" }, text)));
-    return make("table", {}, make("caption", {}, `${isPair ? `${runNames[r]}: ` : ""}detections, and objects that are not found`), make("thead", {}, head), make("tbody", {}, ...rows));
+    return make("table", {}, make("caption", {}, `${isPair ? `${runNames[r]}: d` : "D"}etections, and objects that are not found`), make("thead", {}, head), make("tbody", {}, ...rows));
   });
   $("zoom-list").replaceChildren(...tables);
 }
