@@ -123,7 +123,7 @@ def test_all_processes_end_together(start_process, tmp_path):
     """The weights hardly move, so that no evaluation is better than the first; the results are the main process's."""
     opts = (*OPTIONS, "TEST.EARLY_STOPPING_PATIENCE", 1, "SOLVER.BASE_LR", 1e-12, "SOLVER.WEIGHT_DECAY", 0)
     process = start_process("--num-processes", 2, *opts)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     folder = tmp_path / "run"
     assert (folder / "last_checkpoint").read_text() == "model_0000003.pth"
     assert [iteration for iteration, _ in reported(folder)] == [1, 3, 4]
