@@ -17,7 +17,6 @@ from pathlib import Path
 # As train_net.py does.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-from benchmarks.machine import describe_machine
 from codetr_d2.errors import InputError
 
 from .measurements import MEASURED, draw_pictures, result_of
@@ -27,6 +26,12 @@ from .results import Results
 from .runs import run_all, run_command, train
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
 
 
 def prepare(runs: tuple[Run, ...]) -> None:
@@ -49,40 +54,34 @@ def train_and_measure(run: Run, folder: Path) -> None:
         run_command(command, folder / "measurements.out", threads=1)
 
 
-def machine_text() -> str:
-    machine = describe_machine("cpu", threads=1)
-    features = ", ".join(machine["cpu_features"])
-    return f"{machine['cores']} cores of a CPU with {features}, one thread for each run, torch {machine['torch']}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m reproduction", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("plan", choices=PLANS)
+    parser.add_argument("--output", type=Path, help="folder of the runs (default: output/reproduction)")
     parser.add_argument(
-        "--output", type=Path, default=Path("output/reproduction"), help="folder of the runs (%(default)s)"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each (%(default)s)"
+        "--jobs", type=positive, default=os.cpu_count(), help="runs at a time, one thread each (%(default)s)"
     )
     args = parser.parse_args()
-    os.chdir(ROOT)
+    output = args.output.expanduser().absolute() if args.output else Path("output/reproduction")
+    os.chdir(ROOT)  # the paths in the configs are relative to it
     plan = PLANS[args.plan]
     folder = plan.page.with_suffix("")
     try:
         results = Results.read(folder / "results.json")
         prepare(plan.runs)
-        run_all(plan.runs, lambda run: train_and_measure(run, args.output / run.name), args.jobs)
-        results = results.updated([result_of(run, args.output / run.name) for run in plan.runs], machine_text())
+        run_all(plan.runs, lambda run: train_and_measure(run, output / run.name), args.jobs)
+        results = results.updated([result_of(run, output / run.name) for run in plan.runs])
         results.write(folder / "results.json")
         costs_file = folder / "cost.json"
         if any(run.setting == DIGITS for run in plan.runs):
-            costs = draw_pictures(plan.runs, args.output, results, folder)
+            costs = draw_pictures(plan.runs, output, results, folder)
             costs_file.write_text(json.dumps(costs, indent=1) + "\n")
         write_page(plan.page, results, json.loads(costs_file.read_text()) if costs_file.is_file() else [])
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"{plan.page} says what holds.")
 
 

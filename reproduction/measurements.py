@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 import codetr_d2  # noqa: F401 (registers the model)
+from benchmarks.machine import describe_machine
 from codetr_d2.analysis import plots
 from codetr_d2.analysis.attention import measure_attention
 from codetr_d2.analysis.branches import DETECTOR, measure_branches
@@ -68,7 +69,14 @@ def measure(folder: Path, has_detector: bool) -> dict:
 def result_of(run: Run, folder: Path) -> RunResult:
     """The numbers of a run that has been measured."""
     fields = json.loads((folder / MEASURED).read_text())
-    return RunResult(setting=run.setting.name, experiment=run.experiment.name, seed=run.seed, **fields)
+    place = {"setting": run.setting.name, "experiment": run.experiment.name, "seed": run.seed}
+    return RunResult(**place, machine=machine_text(), **fields)
+
+
+def machine_text() -> str:
+    machine = describe_machine("cpu", threads=1)
+    features = ", ".join(machine["cpu_features"])
+    return f"{machine['cores']} cores of a CPU with {features}, one thread for each run, torch {machine['torch']}"
 
 
 def draw_pictures(runs: Sequence[Run], output: Path, results: Results, pictures: Path) -> list[dict]:

@@ -81,6 +81,7 @@ def _schedule(setting: Setting) -> str:
 
 def _how(results: Results, folder: str) -> str:
     known = {x.setting for x in results.runs}
+    machines = "; ".join(sorted({x.machine for x in results.runs}))
     all_settings = {run.setting.name: run.setting for plan in PLANS.values() for run in plan.runs}
     settings = {name: setting for name, setting in all_settings.items() if name in known}
     rows = []
@@ -89,7 +90,7 @@ def _how(results: Results, folder: str) -> str:
         row = {"": setting.title, "config": f"`{setting.config_file}`", "changed": _schedule(setting)}
         rows.append(row | {"runs": len(runs), "seeds": len({x.seed for x in runs})})
     text = (
-        f"Trained and measured on {results.machine}. The seed decides on the first weights of all but the backbone, on "
+        f"Trained and measured on {machines}. The seed decides on the first weights of all but the backbone, on "
         "the order of the pictures, and on what is drawn at random. Measurements are made on the whole test set. "
         "Pictures of models show those of the first seed. The numbers of every run: "
         f"[results.json]({folder}/results.json). "

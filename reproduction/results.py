@@ -18,6 +18,7 @@ class RunResult:
 
     Attributes:
         setting, experiment, seed: which run it is.
+        machine: what it was measured on, as text.
         ap_by_iteration: (iterations trained, AP of boxes on the test set in percent), the last one at the end. Of the
             detector; of the branch where there is no detector.
         instability: (iterations trained, IS since the evaluation before).
@@ -31,6 +32,7 @@ class RunResult:
     setting: str
     experiment: str
     seed: int
+    machine: str
     ap_by_iteration: list[tuple[int, float]]
     instability: list[tuple[int, float]] = field(default_factory=list)
     discriminability: dict[str, float] = field(default_factory=dict)
@@ -62,11 +64,9 @@ class Results:
 
     Attributes:
         runs: in any order, each once.
-        machine: what they ran on, for the page.
     """
 
     runs: list[RunResult]
-    machine: str = ""
 
     @classmethod
     def read(cls, file: Path) -> "Results":
@@ -78,23 +78,22 @@ class Results:
         if not file.is_file():
             return cls([])
         try:
-            content = json.loads(file.read_text())
-            return cls([RunResult(**x) for x in content["runs"]], content["machine"])
-        except (ValueError, KeyError, TypeError):
+            return cls([RunResult(**x) for x in json.loads(file.read_text())])
+        except (ValueError, TypeError):
             raise InputError(f"{file} holds no results of a reproduction; remove it, and run this again") from None
 
     def write(self, file: Path) -> None:
         """Write one line for each run."""
         runs = sorted(self.runs, key=lambda x: (x.setting, x.experiment, x.seed))
         lines = ",\n".join(json.dumps(dataclasses.asdict(x)) for x in runs)
-        content = f'{{"machine": {json.dumps(self.machine)}, "runs": [\n{lines}\n]}}\n'
+        content = f"[\n{lines}\n]\n"
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(str(file), lambda out: out.write(content.encode()))
 
-    def updated(self, runs: Sequence[RunResult], machine: str) -> "Results":
+    def updated(self, runs: Sequence[RunResult]) -> "Results":
         """With these runs in the place of all that are known of their settings."""
         settings = {x.setting for x in runs}
-        return Results([*(x for x in self.runs if x.setting not in settings), *runs], machine)
+        return Results([*(x for x in self.runs if x.setting not in settings), *runs])
 
     def of(self, setting: str, experiment: str) -> list[RunResult]:
         """The runs of an experiment, by rising seed."""

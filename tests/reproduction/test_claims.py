@@ -64,7 +64,7 @@ def result(experiment, seed, ap, heads=(), **fields):
         "queries": {head: queries for head in heads},
         "branches": branches,
     }
-    return RunResult(DIGITS.name, experiment, seed, **{**values, **fields})
+    return RunResult(DIGITS.name, experiment, seed, "a machine", **{**values, **fields})
 
 
 APS = {
@@ -76,7 +76,7 @@ APS = {
 @pytest.fixture
 def results():
     heads = {run.experiment.name: run.experiment.aux_heads for run in PLANS["full"].runs}
-    return Results([result(name, seed, ap, heads[name]) for name, ap in APS.items() for seed in (1, 2, 3)], "a machine")
+    return Results([result(name, seed, ap, heads[name]) for name, ap in APS.items() for seed in (1, 2, 3)])
 
 
 def test_numbers_where_every_claim_holds(results):
@@ -101,7 +101,9 @@ def test_the_page(results, tmp_path):
     assert text.count("**Holds**") == 30  # every comparison
     assert "60.2 ± 0.1 against 40.2 ± 0.1 (+20.0)" in text and "| K = 2: ATSS + Faster R-CNN" in text
     assert "(numbers/ap.png)" in text and "stability.png" not in text and "0.500 G" in text
-    assert "SOLVER.MAX_ITER 250" in text and "a machine" in text
+    assert "SOLVER.MAX_ITER 250" in text and "measured on a machine." in text
+    results.runs[0].machine = "another"
+    assert "measured on a machine; another." in page_text(results, [], "", lambda file: False)
     write_page(tmp_path / "docs" / "page.md", results, [])
     assert "# The paper in miniature" in (tmp_path / "docs" / "page.md").read_text()
 
@@ -113,9 +115,9 @@ def test_a_page_of_few_runs():
 
 
 def test_results_of_other_settings_stay(results, tmp_path):
-    other = RunResult("nuclei", "k0", 1, [(1, 30.0)])
+    other = RunResult("nuclei", "k0", 1, "another", [(1, 30.0)])
     file = tmp_path / "results.json"
-    Results([*results.runs, other], "").write(file)
-    kept = Results.read(file).updated([result("k0", 1, 99)], "new")
+    Results([*results.runs, other]).write(file)
+    kept = Results.read(file).updated([result("k0", 1, 99)])
     assert sorted((x.setting, x.ap) for x in kept.runs) == [("digits", 99.1), ("nuclei", 30.0)]
     assert Results.read(tmp_path / "none.json").runs == []
