@@ -13,8 +13,8 @@ from torch.export import Dim
 from ..modeling.meta_arch import CoDETR
 from ..modeling.query_heads import TwoStageQueryHead
 from .backbones import backbone_stages
-from .onnx_operators import OPSET, translations
-from .parts import Decode, Encode, Masks, Neck, Preprocess, Select, has_masks
+from .onnx_operators import OPSET, soft_nms_model, translations
+from .parts import Decode, Encode, Finish, Masks, Neck, Preprocess, Select, has_masks
 
 __all__ = ["build_onnx_model"]
 
@@ -51,9 +51,10 @@ class _Graph:
                 dynamo=True,
                 verbose=False,
             )
-        return self._take(program.model, inputs)
+        return self.take(program.model, inputs)
 
-    def _take(self, model: ir.Model, inputs: Sequence[ir.Value]) -> list[ir.Value]:
+    def take(self, model: ir.Model, inputs: Sequence[ir.Value]) -> list[ir.Value]:
+        """Put a graph behind the values ``inputs``, one for each of its own; its outputs."""
         graph, prefix = model.graph, f"part{self.num_parts}/"
         self.num_parts += 1
         if len(graph.inputs) != len(inputs):
@@ -69,6 +70,7 @@ class _Graph:
             node.name = f"{prefix}{node.op_type}_{i}"
             for j, value in enumerate(node.outputs):
                 value.name = f"{node.name}_{j}"
+                value.shape = None  # the names of its sizes may mean others in another part
             constants.update((value, None) for value in node.inputs if value is not None and value.const_value is not None)
         graph.initializers.clear()
         for i, value in enumerate(value for value in constants if value.producer() is None):
@@ -80,13 +82,20 @@ class _Graph:
         self.model.functions.update(model.functions)
         return [given.get(value, value) for value in outputs]
 
-    def top(self, scores: ir.Value, number: int) -> ir.Value:
-        """[B, M] scores -> [B, min(number, M)] int64, the indices of the highest, by falling score."""
+    def top(self, scores: ir.Value, number: int | None = None, like: ir.Value | None = None) -> ir.Value:
+        """[B, M] scores -> [B, N] int64, the indices of the highest, by falling score.
+
+        Args:
+            scores: what to choose from.
+            number: N, or M where that is less; None: as ``like`` has in its second dimension.
+            like: see ``number``.
+        """
         nodes = tape.Tape()
-        limit = nodes.op("Constant", [], {"value": ir.tensor([number], dtype=ir.DataType.INT64)})
-        size = nodes.op("Shape", [scores], {"start": 1, "end": 2})
-        k = nodes.op("Min", [limit, size])
-        _, index = nodes.op_multi_out("TopK", [scores, k], {"axis": 1}, num_outputs=2)
+        size = nodes.op("Shape", [scores if like is None else like], {"start": 1, "end": 2})
+        if number is not None:
+            limit = nodes.op("Constant", [], {"value": ir.tensor([number], dtype=ir.DataType.INT64)})
+            size = nodes.op("Min", [limit, size])
+        _, index = nodes.op_multi_out("TopK", [scores, size], {"axis": 1}, num_outputs=2)
         self._extend(nodes)
         return index
 
@@ -122,15 +131,18 @@ def _quiet():
         yield
 
 
-def build_onnx_model(model: CoDETR, reverse_channels: bool) -> ir.Model:
+def build_onnx_model(model: CoDETR, reverse_channels: bool, postprocess: str = "top-k") -> ir.Model:
     """
     Args:
         model: in eval mode, on the CPU.
         reverse_channels: the model reads BGR; the graph reads RGB.
+        postprocess: ``top-k`` chooses the best pairs of query and class; ``soft-nms`` also puts them through soft-NMS,
+            with the model's threshold; ``none`` leaves all predictions as they are.
 
     Returns:
         The graph, with the inputs ``images`` and ``sizes`` of :class:`Preprocess` and the outputs ``boxes``,
-        ``scores`` and ``classes`` of :class:`Select`.
+        ``scores`` and ``classes`` of :class:`Finish`, and where the model has masks those of :class:`Masks`, ``masks``
+        and ``mask_scores``; or the outputs ``logits`` and ``boxes`` of :class:`Decode`.
     """
     channels = len(model.pixel_mean)
     graph = _Graph(
@@ -180,20 +192,34 @@ def build_onnx_model(model: CoDETR, reverse_channels: bool) -> ir.Model:
         args += [torch.zeros(2, 7, dtype=torch.int64), *example_proposals]
         arg_shapes += [{0: batch, 1: Dim("queries", min=1, max=head.num_queries)}, tokens, tokens]
         values += [index, embeddings, prior_logits]
-    logits, boxes = graph.add(Decode(model).eval(), (*geometry, *args), (*geometry_shapes, *arg_shapes), values)
+    decode = Decode(model).eval()
+    logits, boxes = graph.add(decode, (*geometry, *args), (*geometry_shapes, *arg_shapes), values)
+    with torch.no_grad():
+        example_logits, example_boxes = decode(*geometry, *args)
 
-    best = graph.top(graph.flatten(logits), head.max_detections)
+    rows: list[int | str] = ["batch", "queries"]
+    if postprocess == "none":
+        return graph.finish({"logits": (logits, [*rows, example_logits.shape[2]]), "boxes": (boxes, [*rows, 4])})
     queries, number = {0: batch, 1: Dim("queries", min=1)}, {0: batch, 1: Dim("detections", min=1)}
-    example = (torch.zeros(2, 7, logits.shape[2]), torch.rand(2, 7, 4), torch.zeros(2, 5, dtype=torch.int64))
-    example += (example_valid, example_valid.clone())
-    shapes = (queries, queries, number, {0: batch}, {0: batch})
-    detections = graph.add(Select(), example, shapes, [logits, boxes, best, valid, sizes])
-    rows: list[int | str] = ["batch", "detections"]
+    is_soft_nms = postprocess == "soft-nms"
+    best = graph.top(graph.flatten(logits), like=logits) if is_soft_nms else graph.top(graph.flatten(logits), head.max_detections)
+    example = example_logits, example_boxes, torch.zeros(2, 5, dtype=torch.int64), example_valid
+    detections = graph.add(Select(), example, (queries, queries, number, {0: batch}), [logits, boxes, best, valid])
+    with torch.no_grad():
+        example = (*Select()(*example), example_valid)
+    values, shapes = [*detections, sizes], [number, number, number, {0: batch}]
+    if is_soft_nms:
+        values[1] = graph.take(soft_nms_model(head.soft_nms_thresh), detections)[0]
+        values.append(graph.top(values[1], head.max_detections))
+        example = (*example, torch.zeros(2, 4, dtype=torch.int64))
+        shapes.append({0: batch, 1: Dim("kept", min=1)})
+    detections = graph.add(Finish(), example, tuple(shapes), values)
+    rows = ["batch", "detections"]
     outputs = dict(zip(("boxes", "scores", "classes"), zip(detections, ([*rows, 4], rows, rows))))
     if has_masks(model):
-        example_maps = [torch.randn(2, memory.shape[2], *x.shape[2:]) for x in example_levels]
+        example_maps = [torch.randn(2, example_memory.shape[2], *x.shape[2:]) for x in example_levels]
         with torch.no_grad():
-            example = (example_maps, *Select()(*example))
+            example = (example_maps, *Finish()(*example))
         masks, *scores = graph.add(Masks(model).eval(), example, (level_shapes, *[number] * 3), [*others, *detections])
         outputs["masks"] = masks, [*rows, "mask_height", "mask_width"]
         if scores:

@@ -1,13 +1,15 @@
 """The project's own operators in ONNX's, for ``torch.onnx.export``."""
 
+import onnx_ir as ir
 import torch
 import torchvision  # noqa: F401 (defines an operator)
+from onnxscript import FLOAT, INT64, script
 from onnxscript import opset18 as op
 
 from ..ops.library import library_is_loaded
 from . import backbones  # noqa: F401 (defines an operator)
 
-__all__ = ["OPSET", "translations"]
+__all__ = ["OPSET", "soft_nms_model", "translations"]
 
 OPSET = 18  # GridSample for maps (from 16 on) and ReduceSum as ONNX Runtime, OpenVINO and TensorRT know them
 
@@ -80,3 +82,37 @@ def _roi_align(input, rois, spatial_scale, pooled_height, pooled_width, sampling
         sampling_ratio=max(sampling_ratio, 0),
         spatial_scale=spatial_scale,
     )
+
+
+def soft_nms_model(iou_threshold: float, min_score: float = 1e-3) -> ir.Model:
+    """:func:`codetr_d2.layers.soft_nms` for each image: [B, N, 4] boxes, [B, N] scores and classes -> new [B, N] scores.
+
+    The scores of boxes that are dropped are 0.
+    """
+
+    @script(default_opset=op)
+    def soft_nms(boxes: FLOAT["B", "N", 4], scores: FLOAT["B", "N"], classes: INT64["B", "N"]) -> FLOAT["B", "N"]:
+        left = op.Where(scores < min_score, 0.0, scores)
+        kept = left * 0.0
+        corner1, corner2 = op.Split(boxes, axis=2, num_outputs=2)
+        areas = op.ReduceProd(corner2 - corner1, axes=[2], keepdims=0)
+        number = op.Squeeze(op.Shape(scores, start=1, end=2))
+        places = op.Unsqueeze(op.Range(0, number, 1), [0])
+        for _ in range(number):
+            best = op.ArgMax(left, axis=1, keepdims=1)
+            score = op.GatherElements(left, best, axis=1)
+            index = op.Tile(op.Unsqueeze(best, [2]), [1, 1, 2])
+            sides = op.Max(
+                op.Min(corner2, op.GatherElements(corner2, index, axis=1))
+                - op.Max(corner1, op.GatherElements(corner1, index, axis=1)),
+                0.0,
+            )
+            common = op.ReduceProd(sides, axes=[2], keepdims=0)
+            iou = common / (areas + op.GatherElements(areas, best, axis=1) - common)
+            is_near = op.And(iou >= iou_threshold, classes == op.GatherElements(classes, best, axis=1))
+            is_best = places == best
+            kept = op.Where(op.And(is_best, score >= min_score), score, kept)
+            left = op.Where(is_best, 0.0, op.Where(is_near, left * (1.0 - iou), left))
+        return kept
+
+    return ir.from_proto(soft_nms.to_model_proto())

@@ -24,7 +24,7 @@ from ..modeling.query_heads import TwoStageQueryHead
 from ..modeling.structures import EncoderProposals
 from .backbones import missing
 
-__all__ = ["Decode", "Encode", "Masks", "Neck", "Preprocess", "Select", "TracedGeometry", "has_masks"]
+__all__ = ["Decode", "Encode", "Finish", "Masks", "Neck", "Preprocess", "Select", "TracedGeometry", "has_masks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,29 +207,55 @@ class Decode(nn.Module):
 
 
 class Select(nn.Module):
-    """Raw predictions and the chosen pairs of query and class -> detections in pixels of the picture."""
+    """Raw predictions and the chosen pairs of query and class -> detections in pixels of the network input."""
 
-    def forward(
-        self, logits: Tensor, boxes: Tensor, index: Tensor, valid_sizes: Tensor, sizes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, logits: Tensor, boxes: Tensor, index: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
             logits, boxes: what :class:`Decode` returns.
             index: [B, N] int64 into the pairs of query and class, by falling score.
-            valid_sizes: [B, 2] what counts as image, what boxes are fractions of.
-            sizes: [B, 2] the picture's own size, which boxes are clipped to.
+            sizes: [B, 2] the (height, width) that counts as image.
 
         Returns:
-            [B, N, 4] boxes, xyxy pixels; [B, N] scores, 0 for a box without area; [B, N] int64 classes.
+            [B, N, 4] boxes, xyxy clipped to the image; [B, N] scores; [B, N] int64 classes.
         """
         num_classes = logits.shape[-1]
         scores = logits.sigmoid().flatten(1).gather(1, index)
         query, classes = index // num_classes, index % num_classes
         boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, query.unsqueeze(-1).expand(-1, -1, 4))
-        boxes = boxes * valid_sizes.flip(1).float().repeat(1, 2).unsqueeze(1)
-        boxes = torch.minimum(boxes.clamp(min=0), sizes.flip(1).float().repeat(1, 2).unsqueeze(1))
+        return _clip(boxes * _xyxy(sizes), sizes), scores, classes
+
+
+class Finish(nn.Module):
+    """Detections in pixels of the network input -> in the picture, which may be smaller."""
+
+    def forward(
+        self, boxes: Tensor, scores: Tensor, classes: Tensor, sizes: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            boxes, scores, classes: of M detections, see :class:`Select`.
+            sizes: [B, 2] (height, width) of the pictures.
+            index: [B, N] those that are kept; without it, all.
+
+        Returns:
+            The detections, boxes clipped to the picture, the scores of those without area 0.
+        """
+        if index is not None:
+            scores, classes = scores.gather(1, index), classes.gather(1, index)
+            boxes = boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
+        boxes = _clip(boxes, sizes)
         has_area = (boxes[..., 2:] > boxes[..., :2]).all(-1)
         return boxes, torch.where(has_area, scores, 0.0), classes
+
+
+def _xyxy(sizes: Tensor) -> Tensor:
+    """[B, 2] (height, width) -> [B, 1, 4] float32 (width, height, width, height)."""
+    return sizes.flip(1).float().repeat(1, 2).unsqueeze(1)
+
+
+def _clip(boxes: Tensor, sizes: Tensor) -> Tensor:
+    return torch.minimum(boxes.clamp(min=0), _xyxy(sizes))
 
 
 class _Pooler(nn.Module):
@@ -275,7 +301,7 @@ class Masks(nn.Module):
         """
         Args:
             maps: the encoder's output, [B, C, h, w].
-            boxes, scores, classes: what :class:`Select` returns.
+            boxes, scores, classes: what :class:`Finish` returns.
 
         Returns:
             [B, N, s, s] probabilities inside the boxes; with the refining head also [B, N] scores of the masks.

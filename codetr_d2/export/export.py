@@ -1,0 +1,171 @@
+"""A trained model -> a file that runs without PyTorch, which has been compared with the model."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from detectron2.config import CfgNode
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+
+from ..data import class_names, read_image, register_datasets
+from ..data.datasets import annotated_images
+from ..data.transforms import ResizeShortestEdge
+from ..errors import InputError, named_disk_problems
+from ..inference import Predictor, find_media
+from ..modeling.meta_arch import CoDETR
+from .detector import ExportedDetector
+from .gate import ap_difference, compare_on_pictures
+from .metadata import metadata_of
+from .onnx_graph import build_onnx_model
+
+__all__ = ["POSTPROCESS", "check_exported", "export_onnx", "load_model"]
+
+POSTPROCESS = ("auto", "soft-nms", "top-k", "none")
+MAX_AP = 0.1
+EXTERNAL = 1.8e9  # bytes of weights from which on they lie beside an .onnx file: protobuf ends at 2 GiB
+
+
+def load_model(cfg: CfgNode) -> CoDETR:
+    """The model of a config with its weights, in eval mode on the CPU, with nothing in it that cannot be exported.
+
+    Raises:
+        InputError: the config asks for something that has no exported form.
+    """
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.CODETR.COMPILE = False
+    cfg.MODEL.CODETR.INFERENCE_DTYPE = "float32"
+    if cfg.MODEL.META_ARCHITECTURE != "CoDETR":
+        raise InputError(f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; only CoDETR can be exported")
+    if cfg.MODEL.CODETR.EVAL_HEAD != "detr":
+        raise InputError(
+            f"MODEL.CODETR.EVAL_HEAD is {cfg.MODEL.CODETR.EVAL_HEAD}, but the detector alone can be exported: set it "
+            "to detr"
+        )
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR", "L"):
+        raise InputError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}; exported models read RGB, BGR or L")
+    return Predictor(cfg).model
+
+
+def export_onnx(cfg: CfgNode, model: CoDETR, folder: Path, config_file: str, postprocess: str = "auto") -> Path:
+    """Write ``model.onnx`` into a folder.
+
+    Args:
+        cfg: of the model, whose datasets are registered where there are any.
+        model: see :func:`load_model`.
+        folder: is made.
+        config_file: its name goes into the file.
+        postprocess: see :func:`~codetr_d2.export.onnx_graph.build_onnx_model`; ``auto`` is soft-NMS where the config
+            has it, and otherwise top-k.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    if postprocess == "auto":
+        postprocess = "soft-nms" if model.query_head.soft_nms_thresh > 0 else "top-k"
+    if postprocess == "soft-nms" and model.query_head.soft_nms_thresh == 0:
+        raise InputError("--postprocess soft-nms: MODEL.CODETR.SOFT_NMS_THRESH is 0; set it, for instance to 0.8")
+    graph = build_onnx_model(model, cfg.INPUT.FORMAT == "BGR", postprocess)
+    graph.metadata_props.update(metadata_of(cfg, _class_names(cfg), config_file))
+    path = folder / "model.onnx"
+    size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
+    with named_disk_problems(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        ir.save(graph, path, external_data="model.onnx.data" if size > EXTERNAL else None)
+    return path
+
+
+def _class_names(cfg: CfgNode) -> list[str]:
+    try:
+        return class_names(cfg)
+    except (InputError, OSError):  # the annotations are not here, and the config does not name the classes
+        return []
+
+
+def check_exported(cfg: CfgNode, model: CoDETR, file: Path, pictures: Sequence[Path], max_ap: float = MAX_AP) -> None:
+    """Compare what an exported file finds with what the model finds, and print the differences.
+
+    On pictures of several sizes and in batches of two sizes the detections have to be the same; on the config's first
+    test dataset, where it is there, AP.
+
+    Args:
+        cfg: the config.
+        model: what was exported, with its detections.
+        file: what was written.
+        pictures: files or folders to look for pictures in; without any, the first ones of the test dataset, and two
+            photographs where there is none.
+        max_ap: the largest difference of AP that is let pass.
+
+    Raises:
+        InputError: they differ by more than may be.
+    """
+    exported = ExportedDetector(str(file), cfg.INPUT.FORMAT)
+    print(f"{file} against PyTorch:")
+    problems = compare_on_pictures(model, exported, _batches(cfg, _pictures(cfg, pictures)))
+    problems += compare_ap(cfg, model, exported, max_ap)
+    if problems:
+        raise InputError(f"{file} does not find what the model finds: " + "; ".join(problems))
+
+
+def compare_ap(cfg: CfgNode, model: CoDETR, exported: ExportedDetector, max_ap: float) -> list[str]:
+    """Print AP of both on the test dataset, or that there is none; what is wrong with it."""
+    try:
+        if not cfg.DATASETS.TEST:
+            raise InputError("DATASETS.TEST is empty")
+        if not annotated_images(cfg.DATASETS.TEST[0], cfg.MODEL.CODETR.NUM_CLASSES).is_annotated:
+            raise InputError(f"{cfg.DATASETS.TEST[0]} has no annotations")
+    except (InputError, OSError) as error:
+        print(f"  AP was not compared: {error}")
+        return []
+    problems = []
+    for task, (ours, theirs) in ap_difference(cfg, model, exported).items():
+        print(f"  {task} AP on {cfg.DATASETS.TEST[0]}: {ours:.2f} in PyTorch, {theirs:.2f} exported")
+        if abs(ours - theirs) > max_ap:
+            problems.append(f"{task} AP is {theirs:.2f} instead of {ours:.2f}, and may differ by {max_ap}")
+    return problems
+
+
+def _pictures(cfg: CfgNode, paths: Sequence[Path], number: int = 4) -> list[Tensor]:
+    """Pictures [C, H, W] in the model's format, unresized."""
+    if paths:
+        files = [x.path for x in find_media(list(paths), Path(os.devnull))[0] if not x.is_video][:number]
+    else:
+        try:
+            records = annotated_images(cfg.DATASETS.TEST[0], cfg.MODEL.CODETR.NUM_CLASSES).records
+            files = [record["file_name"] for record in records[:number]]
+        except (InputError, IndexError, OSError):
+            files = load_sample_images().filenames
+    images = [read_image(file, cfg.INPUT.FORMAT) for file in files]
+    return [torch.from_numpy(x.reshape(*x.shape[:2], -1).transpose(2, 0, 1).copy()) for x in images]
+
+
+def _batches(cfg: CfgNode, pictures: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Each picture as a test would see it, one upright and one at two thirds, and two of different sizes together."""
+    resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+
+    def resized(picture: Tensor, scale: float = 1.0) -> Tensor:
+        array = picture.permute(1, 2, 0).numpy()
+        array = resize.get_transform(array).apply_image(array)
+        if scale != 1:
+            smaller = ResizeShortestEdge([max(1, round(min(array.shape[:2]) * scale))] * 2, 10**6)
+            array = smaller.get_transform(array).apply_image(array)
+        return torch.from_numpy(array.reshape(*array.shape[:2], -1).transpose(2, 0, 1).copy())
+
+    yield from ([resized(picture)] for picture in pictures)
+    yield [resized(pictures[0].transpose(1, 2))]
+    yield [resized(pictures[-1], 2 / 3)]
+    yield [resized(pictures[0]), resized(pictures[-1].transpose(1, 2), 0.8)]
+
+
+def registered(cfg: CfgNode) -> CfgNode:
+    """The config; its datasets are registered where their files are there."""
+    try:
+        register_datasets(cfg)
+    except InputError as error:
+        print(f"The datasets of the config are left out: {error}")
+        cfg = cfg.clone()
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ()
+    return cfg

@@ -1,0 +1,112 @@
+"""Whether an exported file finds what the model finds: the same detections, the same AP."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.evaluation import inference_on_dataset
+from detectron2.structures import Instances
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..engine.trainer import CoDETRTrainer
+
+__all__ = ["Difference", "ap_difference", "compare_detections", "compare_on_pictures"]
+
+logger = logging.getLogger(__name__)
+
+MAX_BOX = 0.5  # pixels
+MAX_SCORE = 1e-3
+
+
+@dataclass
+class Difference:
+    """How far the detections of two models are apart.
+
+    Attributes:
+        number: of detections that were compared.
+        missing: those that the other model has none for, of the same class with a score and a box near enough.
+        box: the largest distance of a corner's coordinate, in pixels, of those that are in both.
+        score: the largest difference of the scores of these.
+        mask: the largest share of a mask's pixels (of both together) that differ, of these; None without masks.
+    """
+
+    number: int = 0
+    missing: int = 0
+    box: float = 0.0
+    score: float = 0.0
+    mask: float | None = None
+
+    def add(self, other: "Difference") -> None:
+        self.number += other.number
+        self.missing += other.missing
+        self.box, self.score = max(self.box, other.box), max(self.score, other.score)
+        if other.mask is not None:
+            self.mask = max(self.mask or 0.0, other.mask)
+
+    def __str__(self) -> str:
+        masks = "" if self.mask is None else f", masks by {self.mask:.2%} of their pixels"
+        return (
+            f"{self.number} detections, {self.missing} without their like; the others differ by at most "
+            f"{self.box:.2g} px and {self.score:.2g} in the score{masks}"
+        )
+
+
+def compare_detections(one: Instances, other: Instances) -> Difference:
+    """Look for the like of each detection of both among those of the other: the same class, a score within 0.001, a
+    box within half a pixel.
+
+    Both are the best of many, so that the last ones may be cut off in one of them: detections whose score is within
+    0.001 of the least are not missed.
+    """
+    difference = Difference()
+    pairs = torch.cdist(one.pred_boxes.tensor, other.pred_boxes.tensor, p=float("inf"))  # [N, M]
+    scores = (one.scores[:, None] - other.scores[None]).abs()
+    alike = (one.pred_classes[:, None] == other.pred_classes[None]) & (scores <= MAX_SCORE) & (pairs <= MAX_BOX)
+    for mine, has in ((one, alike.any(1)), (other, alike.any(0))):
+        counts = mine.scores > mine.scores.min() + MAX_SCORE if len(mine) else has
+        difference.number += int(counts.sum())
+        difference.missing += int((counts & ~has).sum())
+    rows = alike.any(1).nonzero().flatten()
+    if len(rows):
+        nearest = (pairs + scores).masked_fill(~alike, float("inf"))[rows].argmin(1)
+        difference.box = float(pairs[rows, nearest].max())
+        difference.score = float(scores[rows, nearest].max())
+        if one.has("pred_masks"):
+            a, b = one.pred_masks[rows].flatten(1), other.pred_masks[nearest].flatten(1)
+            difference.mask = float(((a ^ b).sum(1) / (a | b).sum(1).clamp(min=1)).max())
+    return difference
+
+
+@torch.no_grad()
+def compare_on_pictures(model: nn.Module, exported: nn.Module, batches: Iterable[Sequence[Tensor]]) -> list[str]:
+    """Compare on batches of pictures [C, H, W], with values 0 to 255, and print a line for each.
+
+    Returns:
+        What is wrong, a line for each batch that differs; empty where all is well.
+    """
+    problems = []
+    for images in batches:
+        inputs = [{"image": image} for image in images]
+        difference = Difference()
+        for one, other in zip(model(inputs), exported(inputs)):
+            difference.add(compare_detections(one["instances"], other["instances"]))
+        sizes = " and ".join(f"{image.shape[-1]} x {image.shape[-2]}" for image in images)
+        print(f"  {sizes}: {difference}", flush=True)
+        if difference.missing or not difference.number:
+            problems.append(f"pictures of {sizes}: {difference}")
+    return problems
+
+
+def ap_difference(cfg: CfgNode, model: nn.Module, exported: nn.Module) -> dict[str, tuple[float, float]]:
+    """AP of both on the first test dataset of the config: by task ("bbox", "segm"), in percent."""
+    name = cfg.DATASETS.TEST[0]
+    aps = []
+    for detector in (model, exported):
+        loader = CoDETRTrainer.build_test_loader(cfg, name)
+        results = inference_on_dataset(detector, loader, CoDETRTrainer.build_evaluator(cfg, name))
+        aps.append({task: values["AP"] for task, values in results.items() if "AP" in values})
+    return {task: (aps[0][task], aps[1][task]) for task in aps[0] if np.isfinite(aps[0][task])}
