@@ -23,7 +23,7 @@ from codetr_d2.config.config_file import load_config
 from codetr_d2.errors import InputError
 from codetr_d2.export.packages import check_packages
 
-FORMATS = ("onnx", "openvino")
+FORMATS = ("onnx", "openvino")  # and, by a flag, OpenVINO in int8
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -32,6 +32,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", help="checkpoint (default: MODEL.WEIGHTS of the config)")
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the files")
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="with --format openvino: also model_int8.xml, with the layers in float32 that AP on the test set needs",
+    )
     parser.add_argument(
         "--postprocess",
         default="auto",
@@ -51,8 +56,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    check_packages(args.format)
-    from codetr_d2.export.export import check_exported, export_onnx, load_model, registered
+    if args.int8 and (args.format != "openvino" or args.postprocess == "none"):
+        raise InputError("--int8 goes with --format openvino, and with detections to measure AP by")
+    check_packages("int8" if args.int8 else args.format)
+    from codetr_d2.export.export import check_exported, export_int8, export_onnx, load_model, registered
 
     cfg = load_config(args.config_file, args.opts)
     if args.weights:
@@ -62,11 +69,22 @@ def run(args: argparse.Namespace) -> None:
     output = args.output.expanduser()
     print("Exporting takes a minute or two ...", flush=True)
     file = export_onnx(cfg, model, output, args.config_file, args.postprocess)
+    if args.format == "openvino":
+        from codetr_d2.export.openvino import write_openvino
+
+        onnx_file, file = file, write_openvino(file, output)
+        for part in output.glob(f"{onnx_file.name}*"):  # the weights of large models lie beside it
+            part.unlink()
     if args.postprocess == "none":
         print(f"{file} gives logits and boxes, which are not compared.")
     else:
         check_exported(cfg, model, file, args.pictures)
-    print(f"{file}: {file.stat().st_size / 1e6:.0f} MB")
+    files = [file]
+    if args.int8:
+        files.append(export_int8(cfg, model, file))
+    for file in files:
+        size = sum(part.stat().st_size for part in output.glob(f"{file.stem}.*"))
+        print(f"{file}: {size / 1e6:.0f} MB")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

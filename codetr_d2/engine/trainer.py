@@ -33,6 +33,7 @@ from ..data.samplers import derive_seed, seed_rng
 from ..data.shared import SharedRecords
 from ..errors import InputError, named_disk_problems
 from ..evaluation import DetectionEvaluator, evaluation_style
+from ..export.detector import ExportedDetector, is_exported
 from .anchor_check import warn_of_unsuitable_anchors
 from .ema import ModelEMA
 from .hooks import (
@@ -456,11 +457,16 @@ def train(cfg: CfgNode, resume: bool = False) -> OrderedDict | None:
 def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict:
     """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of ``OUTPUT_DIR``, on ``DATASETS.TEST``.
 
+    Files that tools/export.py wrote are run by their own runtime.
+
     Returns:
         The results on the main process, empty on others.
     """
-    model = CoDETRTrainer.build_model(cfg)
-    CoDETRCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    if is_exported(cfg.MODEL.WEIGHTS) and not resume:
+        model = ExportedDetector(cfg.MODEL.WEIGHTS, cfg.INPUT.FORMAT)
+    else:
+        model = CoDETRTrainer.build_model(cfg)
+        CoDETRCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     with named_disk_problems(cfg.OUTPUT_DIR):
         results = CoDETRTrainer.test(cfg, model)
     if comm.is_main_process():

@@ -22,7 +22,9 @@ from ..modeling.backbones.swin import SwinBackbone
 __all__ = ["backbone_stages", "conv2d_same", "missing"]
 
 
-def backbone_stages(backbone: Backbone, in_features: list[str], has_one_size: bool) -> list[tuple[nn.Module, list[str]]]:
+def backbone_stages(
+    backbone: Backbone, in_features: list[str], has_one_size: bool
+) -> list[tuple[nn.Module, list[str]]]:
     """Modules that follow each other, [B, C, H, W] -> list of maps, and the names of the features among these.
 
     The next module reads the first map of a list, and the features are the last ones.

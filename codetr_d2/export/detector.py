@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
-__all__ = ["ExportedDetector", "is_exported", "load_session", "optional"]
+__all__ = ["ExportedDetector", "Session", "is_exported", "load_session", "optional", "session_of"]
 
 # Pictures by name -> what the graph makes of them.
 Session = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -75,7 +75,11 @@ def _openvino_session(file: str) -> Session:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    model = core.compile_model(core.read_model(file), "CPU", options)
+    return session_of(core.compile_model(core.read_model(file), "CPU", options))
+
+
+def session_of(model: "openvino.CompiledModel") -> Session:  # noqa: F821
+    """A model that OpenVINO has compiled, as a :data:`Session`."""
     names = [x.get_any_name() for x in model.outputs]
 
     def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -91,14 +95,15 @@ class ExportedDetector(nn.Module):
     Args:
         file: written by tools/export.py with its detections, ``.onnx`` or ``.xml``.
         input_format: of the images, ``INPUT.FORMAT``; the file reads RGB.
+        session: what runs the file; by default :func:`load_session`.
 
     Raises:
         InputError: see :func:`load_session`; the file has no detections.
     """
 
-    def __init__(self, file: str, input_format: str):
+    def __init__(self, file: str, input_format: str, session: Session | None = None):
         super().__init__()
-        self.session = load_session(file)
+        self.session = session or load_session(file)
         self.input_format = input_format
         self.file = file
 

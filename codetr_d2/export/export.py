@@ -1,6 +1,7 @@
 """A trained model -> a file that runs without PyTorch, which has been compared with the model."""
 
 import os
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,21 +11,22 @@ from detectron2.config import CfgNode
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from ..data import class_names, read_image, register_datasets
+from ..data import CoDETRDatasetMapper, class_names, load_datasets, read_image, register_datasets
 from ..data.datasets import annotated_images
 from ..data.transforms import ResizeShortestEdge
 from ..errors import InputError, named_disk_problems
 from ..inference import Predictor, find_media
 from ..modeling.meta_arch import CoDETR
-from .detector import ExportedDetector
-from .gate import ap_difference, compare_on_pictures
+from .detector import ExportedDetector, Session
+from .gate import average_precision, compare_on_pictures
 from .metadata import metadata_of
 from .onnx_graph import build_onnx_model
 
-__all__ = ["POSTPROCESS", "check_exported", "export_onnx", "load_model"]
+__all__ = ["POSTPROCESS", "check_exported", "export_int8", "export_onnx", "load_model"]
 
 POSTPROCESS = ("auto", "soft-nms", "top-k", "none")
 MAX_AP = 0.1
+MAX_AP_INT8 = 0.5
 EXTERNAL = 1.8e9  # bytes of weights from which on they lie beside an .onnx file: protobuf ends at 2 GiB
 
 
@@ -110,6 +112,54 @@ def check_exported(cfg: CfgNode, model: CoDETR, file: Path, pictures: Sequence[P
         raise InputError(f"{file} does not find what the model finds: " + "; ".join(problems))
 
 
+def export_int8(cfg: CfgNode, model: CoDETR, file: Path, num_pictures: int = 100) -> Path:
+    """Write ``model_int8.xml`` beside an OpenVINO file, and print what it costs in AP.
+
+    The ranges of values come from pictures of the training set, or of the test set where that one is not there; AP is
+    that of the first test dataset.
+
+    Args:
+        cfg: the config.
+        model: what was exported.
+        file: the float32 file.
+        num_pictures: for the ranges, at most.
+
+    Raises:
+        InputError: there is no test dataset, or AP falls by more than 0.5 whatever stays in float32.
+    """
+    from .openvino import quantize
+
+    try:
+        name = cfg.DATASETS.TEST[0]
+        records = load_datasets(cfg, [name], is_train=False)
+        if not annotated_images(name, cfg.MODEL.CODETR.NUM_CLASSES).is_annotated:
+            raise InputError(f"{name} has no annotations")
+    except (InputError, IndexError, OSError) as error:
+        raise InputError(
+            f"--int8 chooses by AP what stays in float32, but there is no test dataset: {error}"
+        ) from error
+    try:
+        records = load_datasets(cfg, cfg.DATASETS.TRAIN[:1], is_train=False)
+    except (InputError, OSError):
+        print(f"  the training set is not there: ranges are those of {name}")
+    mapper = CoDETRDatasetMapper(cfg, False)
+    exported = ExportedDetector(str(file), cfg.INPUT.FORMAT)
+    chosen = sorted(random.Random(0).sample(range(len(records)), min(num_pictures, len(records))))
+    pictures = [exported.pack([mapper(records[i])["image"]]) for i in chosen]
+
+    def score(session: Session) -> float:
+        value = min(average_precision(cfg, ExportedDetector(str(file), cfg.INPUT.FORMAT, session)).values())
+        print(f"  AP {value:.2f}", flush=True)
+        return value
+
+    written = quantize(file, pictures, score, MAX_AP_INT8)
+    print(f"{written} against PyTorch:")
+    problems = compare_ap(cfg, model, ExportedDetector(str(written), cfg.INPUT.FORMAT), MAX_AP_INT8)
+    if problems:
+        raise InputError(f"{written}: {'; '.join(problems)}")
+    return written
+
+
 def compare_ap(cfg: CfgNode, model: CoDETR, exported: ExportedDetector, max_ap: float) -> list[str]:
     """Print AP of both on the test dataset, or that there is none; what is wrong with it."""
     try:
@@ -121,7 +171,9 @@ def compare_ap(cfg: CfgNode, model: CoDETR, exported: ExportedDetector, max_ap: 
         print(f"  AP was not compared: {error}")
         return []
     problems = []
-    for task, (ours, theirs) in ap_difference(cfg, model, exported).items():
+    ours_of, theirs_of = average_precision(cfg, model), average_precision(cfg, exported)
+    for task, ours in ours_of.items():
+        theirs = theirs_of[task]
         print(f"  {task} AP on {cfg.DATASETS.TEST[0]}: {ours:.2f} in PyTorch, {theirs:.2f} exported")
         if abs(ours - theirs) > max_ap:
             problems.append(f"{task} AP is {theirs:.2f} instead of {ours:.2f}, and may differ by {max_ap}")
@@ -143,7 +195,7 @@ def _pictures(cfg: CfgNode, paths: Sequence[Path], number: int = 4) -> list[Tens
 
 
 def _batches(cfg: CfgNode, pictures: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Each picture as a test would see it, one upright and one at two thirds, and two of different sizes together."""
+    """Each picture as a test would see it, a part of one and one at two thirds, and two of different sizes together."""
     resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     def resized(picture: Tensor, scale: float = 1.0) -> Tensor:
@@ -155,7 +207,7 @@ def _batches(cfg: CfgNode, pictures: Sequence[Tensor]) -> Iterator[list[Tensor]]
         return torch.from_numpy(array.reshape(*array.shape[:2], -1).transpose(2, 0, 1).copy())
 
     yield from ([resized(picture)] for picture in pictures)
-    yield [resized(pictures[0].transpose(1, 2))]
+    yield [resized(pictures[0][:, : max(1, 2 * pictures[0].shape[1] // 3)])]
     yield [resized(pictures[-1], 2 / 3)]
     yield [resized(pictures[0]), resized(pictures[-1].transpose(1, 2), 0.8)]
 

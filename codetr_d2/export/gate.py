@@ -10,11 +10,10 @@ from detectron2.config import CfgNode
 from detectron2.evaluation import inference_on_dataset
 from detectron2.structures import Instances
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..engine.trainer import CoDETRTrainer
 
-__all__ = ["Difference", "ap_difference", "compare_detections", "compare_on_pictures"]
+__all__ = ["Difference", "average_precision", "compare_detections", "compare_on_pictures"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +100,9 @@ def compare_on_pictures(model: nn.Module, exported: nn.Module, batches: Iterable
     return problems
 
 
-def ap_difference(cfg: CfgNode, model: nn.Module, exported: nn.Module) -> dict[str, tuple[float, float]]:
-    """AP of both on the first test dataset of the config: by task ("bbox", "segm"), in percent."""
+def average_precision(cfg: CfgNode, detector: nn.Module) -> dict[str, float]:
+    """AP on the first test dataset of the config, by task ("bbox", "segm"), in percent."""
     name = cfg.DATASETS.TEST[0]
-    aps = []
-    for detector in (model, exported):
-        loader = CoDETRTrainer.build_test_loader(cfg, name)
-        results = inference_on_dataset(detector, loader, CoDETRTrainer.build_evaluator(cfg, name))
-        aps.append({task: values["AP"] for task, values in results.items() if "AP" in values})
-    return {task: (aps[0][task], aps[1][task]) for task in aps[0] if np.isfinite(aps[0][task])}
+    loader = CoDETRTrainer.build_test_loader(cfg, name)
+    results = inference_on_dataset(detector, loader, CoDETRTrainer.build_evaluator(cfg, name))
+    return {task: values["AP"] for task, values in results.items() if np.isfinite(values.get("AP", np.nan))}

@@ -71,7 +71,9 @@ class _Graph:
             for j, value in enumerate(node.outputs):
                 value.name = f"{node.name}_{j}"
                 value.shape = None  # the names of its sizes may mean others in another part
-            constants.update((value, None) for value in node.inputs if value is not None and value.const_value is not None)
+            constants.update(
+                (value, None) for value in node.inputs if value is not None and value.const_value is not None
+            )
         graph.initializers.clear()
         for i, value in enumerate(value for value in constants if value.producer() is None):
             value.name = f"{prefix}{i}/{value.name}"
@@ -202,7 +204,11 @@ def build_onnx_model(model: CoDETR, reverse_channels: bool, postprocess: str = "
         return graph.finish({"logits": (logits, [*rows, example_logits.shape[2]]), "boxes": (boxes, [*rows, 4])})
     queries, number = {0: batch, 1: Dim("queries", min=1)}, {0: batch, 1: Dim("detections", min=1)}
     is_soft_nms = postprocess == "soft-nms"
-    best = graph.top(graph.flatten(logits), like=logits) if is_soft_nms else graph.top(graph.flatten(logits), head.max_detections)
+    best = (
+        graph.top(graph.flatten(logits), like=logits)
+        if is_soft_nms
+        else graph.top(graph.flatten(logits), head.max_detections)
+    )
     example = example_logits, example_boxes, torch.zeros(2, 5, dtype=torch.int64), example_valid
     detections = graph.add(Select(), example, (queries, queries, number, {0: batch}), [logits, boxes, best, valid])
     with torch.no_grad():

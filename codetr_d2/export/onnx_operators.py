@@ -21,6 +21,7 @@ def translations() -> dict:
     table[torch.ops.codetr_d2.conv2d_same.default] = _conv2d_same
     if library_is_loaded():
         table[torch.ops.codetr_d2._feed_forward_cpp.default] = _feed_forward
+        table[torch.ops.codetr_d2._roi_align_cpp.default] = _roi_align
     return table
 
 
@@ -85,13 +86,13 @@ def _roi_align(input, rois, spatial_scale, pooled_height, pooled_width, sampling
 
 
 def soft_nms_model(iou_threshold: float, min_score: float = 1e-3) -> ir.Model:
-    """:func:`codetr_d2.layers.soft_nms` for each image: [B, N, 4] boxes, [B, N] scores and classes -> new [B, N] scores.
+    """:func:`codetr_d2.layers.soft_nms` for each image: [B, N, 4] boxes, [B, N] scores, [B, N] classes -> new scores.
 
     The scores of boxes that are dropped are 0.
     """
 
     @script(default_opset=op)
-    def soft_nms(boxes: FLOAT["B", "N", 4], scores: FLOAT["B", "N"], classes: INT64["B", "N"]) -> FLOAT["B", "N"]:
+    def soft_nms(boxes: FLOAT[...], scores: FLOAT[...], classes: INT64[...]) -> FLOAT[...]:
         left = op.Where(scores < min_score, 0.0, scores)
         kept = left * 0.0
         corner1, corner2 = op.Split(boxes, axis=2, num_outputs=2)

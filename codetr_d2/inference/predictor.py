@@ -9,10 +9,12 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from PIL import Image
+from torch import nn
 
 from ..checkpoint.checkpointer import CoDETRCheckpointer
 from ..data.transforms import ResizeShortestEdge
 from ..errors import InputError
+from ..export.detector import ExportedDetector, is_exported
 
 __all__ = ["Predictor"]
 
@@ -21,7 +23,8 @@ class Predictor(DefaultPredictor):
     """detectron2's ``DefaultPredictor`` for any weights, any size of picture, and any ``INPUT.FORMAT``.
 
     ``MODEL.WEIGHTS`` may be a published Co-DETR file as it was downloaded, or whatever else
-    :class:`CoDETRCheckpointer` reads.
+    :class:`CoDETRCheckpointer` reads. A file that tools/export.py wrote (``.onnx``, or ``.xml`` of OpenVINO) is
+    run by its own runtime, on the CPU.
 
     Args:
         cfg: the model's config.
@@ -36,12 +39,19 @@ class Predictor(DefaultPredictor):
     def __init__(self, cfg: CfgNode):
         # Not the base class's, which loads with detectron2's checkpointer and refuses formats other than RGB and BGR.
         self.cfg = cfg.clone()  # the model may change it
-        self.model = build_model(self.cfg).eval()
+        self.model = self._build_model()
         if len(cfg.DATASETS.TEST):
             self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-        CoDETRCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
         self.aug = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT
+
+    def _build_model(self) -> nn.Module:
+        weights = self.cfg.MODEL.WEIGHTS
+        if is_exported(weights):
+            return ExportedDetector(weights, self.cfg.INPUT.FORMAT)
+        model = build_model(self.cfg).eval()
+        CoDETRCheckpointer(model).load(weights)
+        return model
 
     def __call__(self, original_image: np.ndarray) -> dict:
         """Detect.
