@@ -168,6 +168,27 @@ def test_prediction_draws_and_lists_what_detectron2s_predictor_finds(options, tr
     assert {x["category_name"] for x in entry["detections"]} <= set("0123456789")
 
 
+def test_exported_files_find_the_same_and_take_the_weights_place(trained, tmp_path):
+    model = ["--config-file", trained / "config.yaml", "--weights", trained / "model_final.pth"]
+    output = run("tools/export.py", *model, "--format", "openvino", "--int8", "--output", tmp_path)
+    assert output.count("0 without their like") == 7 and "Traceback" not in output
+    int8, float32 = tmp_path / "model_int8.xml", tmp_path / "model.xml"
+    assert int8.with_suffix(".bin").stat().st_size < 0.6 * float32.with_suffix(".bin").stat().st_size
+    assert not (tmp_path / "model.onnx").exists()
+
+    evaluated = tmp_path / "evaluated"
+    options = ["MODEL.WEIGHTS", float32, "OUTPUT_DIR", evaluated]
+    run("train_net.py", "--config-file", trained / "config.yaml", "--eval-only", *options)
+    found, expected = (
+        json.loads((folder / "inference" / "coco_instances_results.json").read_text())
+        for folder in (evaluated, trained)
+    )
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected):
+        assert one["image_id"] == other["image_id"]
+        assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/predict.md"])
 def test_python_in_the_documentation_runs(document, options, trained, tmp_path):
     (tmp_path / "output").mkdir()
