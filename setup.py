@@ -103,6 +103,7 @@ setup(
         # OpenCV too, as opencv-python or opencv-python-headless: detectron2 and the demo import cv2 from either.
     ],
     extras_require={
+        "export": ["nncf", "onnx", "onnxruntime", "onnxscript", "openvino"],
         "dev": ["globox", "playwright", "pytest", "pytest-xdist", "ruff", "transformers"],
         "trackers": ["mlflow", "wandb"],
     },
