@@ -37,6 +37,7 @@ from .against import (
 )
 from .machine import MemoryProbe, describe_machine, finisher
 from .report import machine_line, measurement_rows, plot_measurements, print_table, save
+from .runtimes import RUNTIMES, hf_in_openvino, in_runtime, runtime_of
 
 __all__ = ["Case", "Runner", "benchmark_model", "build_cfg", "first_case", "parse_sweep", "random_batch", "read_config"]
 
@@ -140,14 +141,18 @@ def random_batch(case: Case) -> list[dict]:
 def build_side(case: Case, against: list[str]) -> nn.Module:
     """The model of one side: ours, or the one that is compared with it."""
     torch.manual_seed(0)
+    runtime = runtime_of(against)
     if HF in against:
         options = case.cfg.MODEL.CODETR
-        return DeformableDETR(options.NUM_QUERIES, options.NUM_CLASSES).to(case.device).eval()
+        model = DeformableDETR(options.NUM_QUERIES, options.NUM_CLASSES).to(case.device).eval()
+        return model if runtime is None else hf_in_openvino(model, runtime, random_batch(case))
     model = build_model(case.cfg)
     if case.cfg.MODEL.WEIGHTS:
         CoDETRCheckpointer(model).load(case.cfg.MODEL.WEIGHTS)
     if SEPARATE_PASSES in against:
         model.query_head.decoder = SeparatePasses(model.query_head.decoder)
+    if runtime is not None:
+        return in_runtime(model.eval(), runtime, case.cfg, random_batch(case))
     return model.train(case.training)
 
 
@@ -170,7 +175,11 @@ class Runner:
         self.batch = random_batch(case)
         self.memory = MemoryProbe(case.device)
         self.model = build_side(case, against)
-        self.backend = None if HF in against else active_backend(case.device, case.cfg.MODEL.MS_DEFORM_ATTN)[1]
+        self.backend = (
+            None
+            if HF in against or runtime_of(against)
+            else active_backend(case.device, case.cfg.MODEL.MS_DEFORM_ATTN)[1]
+        )
         if case.training:
             self.optimizer = build_optimizer(case.cfg, self.model)
 
@@ -360,14 +369,19 @@ def check_against(text: str, training: bool) -> list[str]:
     if text == "nothing":
         return []
     parts = text.split("+")
-    known = [EAGER, SEPARATE_PASSES, NO_AUXILIARY_HEADS, HF]
+    known = [EAGER, SEPARATE_PASSES, NO_AUXILIARY_HEADS, HF, *RUNTIMES]
     for part in parts:
         if part not in known:
             raise InputError(f"--against {part}: it may be nothing, or one or several joined by +: {', '.join(known)}")
     if HF in parts:
-        if training or len(parts) > 1:
-            raise InputError(f"--against {HF}: another model, for the command inference and joined with nothing else")
+        if training or not set(parts) <= {HF, *RUNTIMES}:
+            raise InputError(
+                f"--against {HF}: another model, for the command inference and joined with nothing else but a runtime "
+                f"({', '.join(RUNTIMES)})"
+            )
         transformers_or_error()
+    if runtime_of(parts) is not None and (training or len(set(parts) - {HF}) > 1):
+        raise InputError(f"--against {text}: a runtime is for the command inference, by itself or joined with {HF}")
     if SEPARATE_PASSES in parts and not training:
         raise InputError(f"--against {SEPARATE_PASSES}: inference has one group of queries; take the command train")
     if NO_AUXILIARY_HEADS in parts and not training:
