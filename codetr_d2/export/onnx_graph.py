@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir import tape
@@ -117,12 +118,56 @@ class _Graph:
                 value.name = f"{node.name}_{j}"
         self.graph.extend(nodes.nodes)
 
+    def fold_batch_norms(self) -> None:
+        """Take what follows a convolution, one factor and one summand for each channel, into its weight and its bias.
+
+        Float32 rounds a little differently then. int8 would otherwise cut off values before they have their scale.
+        """
+        for conv in [node for node in self.graph if node.op_type == "Conv"]:
+            factor = self._channels_after(conv, "Mul")
+            if factor is not None:
+                self._replace(conv, 1, conv.inputs[1].const_value.numpy() * factor.reshape(-1, 1, 1, 1))
+                if len(conv.inputs) > 2:
+                    self._replace(conv, 2, conv.inputs[2].const_value.numpy() * factor)
+            summand = self._channels_after(conv, "Add")
+            if summand is not None and len(conv.inputs) > 2:
+                self._replace(conv, 2, conv.inputs[2].const_value.numpy() + summand)
+            elif summand is not None:
+                conv.resize_inputs(3)
+                self._replace(conv, 2, summand)
+
+    def _channels_after(self, conv: ir.Node, kind: str) -> np.ndarray | None:
+        """[C] constant that alone follows a convolution, in a node that is then left out; or None."""
+        output, weight = conv.outputs[0], conv.inputs[1].const_value
+        users = [use.node for use in output.uses()]
+        if weight is None or len(users) != 1 or users[0].op_type != kind or output.is_graph_output():
+            return None
+        [constant] = [value for value in users[0].inputs if value is not output] or [None]
+        if constant is None or constant.const_value is None or constant.const_value.size != weight.shape[0]:
+            return None
+        if list(constant.const_value.shape)[-3:] != [weight.shape[0], 1, 1]:
+            return None
+        ir.convenience.replace_all_uses_with(users[0].outputs[0], output)
+        self.graph.remove(users[0], safe=True)
+        return constant.const_value.numpy().flatten()
+
+    def _replace(self, node: ir.Node, index: int, array: np.ndarray) -> None:
+        """Give a node another constant."""
+        name = f"{node.name}/folded{index}_{len(self.graph.initializers)}"
+        value = ir.Value(name=name, const_value=ir.tensor(array.astype(np.float32), name=name))
+        self.graph.register_initializer(value)
+        node.replace_input_with(index, value)
+
     def finish(self, outputs: dict[str, tuple[ir.Value, list[int | str]]]) -> ir.Model:
-        """Name the outputs."""
+        """Name the outputs, and leave out what they do not need."""
+        self.fold_batch_norms()
         for name, (value, shape) in outputs.items():
             value.name = name
             value.shape = ir.Shape(shape)
             self.graph.outputs.append(value)
+        for name, value in list(self.graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del self.graph.initializers[name]
         return self.model
 
 
