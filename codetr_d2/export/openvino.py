@@ -13,7 +13,11 @@ from torchvision.ops import box_iou
 from ..errors import named_disk_problems
 from .detector import Session, load_session, session_of
 
-__all__ = ["quantize", "write_openvino"]
+__all__ = ["QUANTIZATION", "quantize", "write_openvino"]
+
+
+# Not SmoothQuant, which moves scales from features to weights: on the digits it cost 2.7 AP.
+QUANTIZATION = nncf.AdvancedQuantizationParameters(smooth_quant_alpha=-1)
 
 
 def write_openvino(onnx_file: Path, folder: Path) -> Path:
@@ -77,6 +81,7 @@ def quantize(
         max_drop=max_drop,
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(pictures),
+        advanced_quantization_parameters=QUANTIZATION,
         advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(ranking_subset_size=num_ranking),
     )
     return _save(model, file.with_name("model_int8.xml"))
