@@ -67,7 +67,7 @@ def compare_detections(one: Instances, other: Instances) -> Difference:
     alike = (one.pred_classes[:, None] == other.pred_classes[None]) & (scores <= MAX_SCORE) & (pairs <= MAX_BOX)
     for mine, has in ((one, alike.any(1)), (other, alike.any(0))):
         counts = mine.scores > mine.scores.min() + MAX_SCORE if len(mine) else has
-        difference.number += int(counts.sum())
+        difference.number += int((counts | has).sum())
         difference.missing += int((counts & ~has).sum())
     rows = alike.any(1).nonzero().flatten()
     if len(rows):
@@ -87,7 +87,7 @@ def compare_on_pictures(model: nn.Module, exported: nn.Module, batches: Iterable
     Returns:
         What is wrong, a line for each batch that differs; empty where all is well.
     """
-    problems = []
+    problems, number = [], 0
     for images in batches:
         inputs = [{"image": image} for image in images]
         difference = Difference()
@@ -95,8 +95,11 @@ def compare_on_pictures(model: nn.Module, exported: nn.Module, batches: Iterable
             difference.add(compare_detections(one["instances"], other["instances"]))
         sizes = " and ".join(f"{image.shape[-1]} x {image.shape[-2]}" for image in images)
         print(f"  {sizes}: {difference}", flush=True)
-        if difference.missing or not difference.number:
+        number += difference.number
+        if difference.missing:
             problems.append(f"pictures of {sizes}: {difference}")
+    if not number:
+        problems.append("nothing was detected in any picture, so that nothing was compared: give others by --pictures")
     return problems
 
 

@@ -23,7 +23,7 @@ def test_the_same_in_another_order_is_alike():
     moved = [[x + 0.25 for x in BOXES[1]], BOXES[0], BOXES[2]]
     difference = compare_detections(one, detections(moved, [0.5, 0.8995, 0.1], [1, 0, 1]))
     assert difference.missing == 0 and difference.box == 0.25 and difference.score == pytest.approx(0.0005, abs=1e-6)
-    assert difference.number == 4  # the last one of each might have been cut off
+    assert difference.number == 6
     assert difference.mask is None
 
 
@@ -59,6 +59,15 @@ def test_masks_differ_by_their_share_of_pixels():
     assert compare_detections(one, other).mask == pytest.approx(5 / 100)
 
 
+def test_pictures_in_which_nothing_is_found_show_nothing():
+    nothing = detections(BOXES, [0.9, 0.5, 0.1], [0, 1, 1])[torch.zeros(3, dtype=torch.bool)]
+
+    def detector(inputs):
+        return [{"instances": nothing} for _ in inputs]
+
+    assert "nothing was detected in any picture" in compare_on_pictures(detector, detector, [[torch.zeros(3, 9, 9)]])[0]
+
+
 def test_a_batch_that_differs_is_named(capsys):
     class Detector(torch.nn.Module):
         def __init__(self, score):
@@ -72,4 +81,4 @@ def test_a_batch_that_differs_is_named(capsys):
     batches = [[torch.zeros(3, 20, 30)], [torch.zeros(3, 20, 40), torch.zeros(3, 25, 30)]]
     problems = compare_on_pictures(Detector(0.5), Detector(0.6), batches)
     assert len(problems) == 1 and "40 x 20 and 30 x 25" in problems[0] and "4 without their like" in problems[0]
-    assert "30 x 20: 4 detections, 0 without" in capsys.readouterr().out
+    assert "30 x 20: 6 detections, 0 without" in capsys.readouterr().out
