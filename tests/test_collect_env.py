@@ -63,4 +63,4 @@ def test_missing_detectron2_is_named_with_the_command_that_mends_it(tmp_path):
     command = [sys.executable, "-m", "codetr_d2.collect_env"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode != 0
-    assert "needs detectron2" in result.stderr and "python tools/install_detectron2.py" in result.stderr
+    assert "needs detectron2" in result.stderr and "codetr_d2 install-detectron2 (" in result.stderr

@@ -6,16 +6,16 @@ import torch
 from PIL import Image
 
 import train_net
+from codetr_d2_programs import prepare_dataset, prepare_efficientnet
 from tests.data.formats import exports
 
 
 @pytest.fixture
-def prepare(tool, tmp_path, monkeypatch):
-    module = tool("prepare_dataset")
+def prepare(tmp_path, monkeypatch):
     weights = tmp_path / "weights.pth"
     torch.save({"model": {}}, weights)
-    monkeypatch.setattr(module, "SMALL_WEIGHTS", weights)
-    return module
+    monkeypatch.setattr(prepare_efficientnet, "DEFAULT_FILE", weights)
+    return prepare_dataset
 
 
 def yolo_folder(folder, number=12):
@@ -40,7 +40,7 @@ def test_a_folder_becomes_a_dataset(prepare, tmp_path, capsys):
     prepare.main([str(tmp_path / "yolo"), "--output", str(tmp_path / "mine"), "--device", "cpu", "--val", "0.25"])
     out = capsys.readouterr().out
     assert "Read as YOLO" in out and "| pictures |       9 |     3 |" in out
-    assert f"train_net.py --config-file {tmp_path}/mine/config.yaml" in out
+    assert f"codetr_d2 train --config-file {tmp_path}/mine/config.yaml" in out
     train, val = (json.loads((tmp_path / "mine" / f"{x}.json").read_text()) for x in ("train", "val"))
     assert len(train["images"]) == 9 and len(val["images"]) == 3
     assert not {x["file_name"] for x in train["images"]} & {x["file_name"] for x in val["images"]}
