@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from codetr_d2.modeling.pyramid import FeaturePyramid, Geometry
 from tests.tiny_detector import NUM_CLASSES, write_dataset
@@ -29,11 +30,19 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_logs_of_other_tests():
+    """A run in a test logs to that test's output, which is closed after it; so loggers are as new for each test."""
+    for name in ("fvcore", "detectron2", "codetr_d2"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    setup_logger.cache_clear()  # it adds no handler where it believes one to be there
+
+
 @pytest.fixture
-def limit_files(monkeypatch):
+def limit_files():
     """A context in which no file gets larger than ``size`` bytes: writes then fail as on a full disk."""
-    for name in ("fvcore", "detectron2", "codetr_d2"):  # the logs of runs before
-        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
 
     @contextmanager
     def limit(size):

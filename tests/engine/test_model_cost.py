@@ -51,6 +51,7 @@ def test_sizes_and_models(make_config, monkeypatch, caplog):
     cfg.defrost()
     monkeypatch.setattr(model_cost, "detection_flops", lambda model, size: 1000 * size[0] * size[1])
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(logging.getLogger("codetr_d2"), "propagate", True)  # which a run's own log ends
     model_cost.log_detection_flops(cfg, torch.nn.Identity())  # not CoDETR
     assert "FLOPs" not in caplog.text
     monkeypatch.setattr(model_cost, "CoDETR", torch.nn.Identity)
