@@ -42,7 +42,11 @@ def test_report_tells_the_backend_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("codetr_d2.collect_env.detectron2_env_info", lambda: "")  # would ask the GPU more
     monkeypatch.setattr("codetr_d2.collect_env.active_backend", lambda device: ("triton", f"kernels on {device}"))
-    assert value(collect_env_info(), "deformable attention on cuda") == "triton: kernels on cuda"
+    monkeypatch.setattr("codetr_d2.collect_env.fast_bfloat16", lambda device: (device == "cuda", f"like any {device}"))
+    report = collect_env_info()
+    assert value(report, "deformable attention on cuda") == "triton: kernels on cuda"
+    assert value(report, "inference on cuda") == "bfloat16: like any cuda"
+    assert value(report, "inference on cpu") == "float32: like any cpu"
 
 
 def test_missing_package_and_compiler_are_reported(monkeypatch, tmp_path):
