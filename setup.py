@@ -25,7 +25,7 @@ if os.environ.get("CODETR_D2_NO_CPP", "0") not in ("", "0"):
 
 
 class BuildWithConfigs(build_py):
-    """Puts the configs beside ``codetr_d2.model_zoo``, which finds them at the top of a checkout otherwise."""
+    """Puts the configs into ``codetr_d2/model_zoo``; in a checkout they are found at its top (``config/zoo.py``)."""
 
     def run(self):
         super().run()
