@@ -90,7 +90,7 @@ ifneq ($(VENV),)
 IS_SUPPORTED_PYTHON := import sys; sys.exit(sys.version_info < (3, 10))
 
 # A working environment is kept, with whatever else is installed in it; a broken one is made anew.
-$(REQUIREMENTS_DONE): requirements.txt tools/install_detectron2.py
+$(REQUIREMENTS_DONE): requirements.txt codetr_d2_programs/install_detectron2.py
 	@if ! $(RUN) -c 'import pip; $(IS_SUPPORTED_PYTHON)' 2> /dev/null; then \
 	    $(PYTHON) -c '$(IS_SUPPORTED_PYTHON)' || { \
 	        echo 'error: $(PYTHON) is not Python 3.10 or newer. Name one that is: make setup PYTHON=python3.12' >&2; exit 1; }; \

@@ -25,7 +25,7 @@ if os.environ.get("CODETR_D2_NO_CPP", "0") not in ("", "0"):
 
 
 class BuildWithConfigs(build_py):
-    """Puts the configs beside ``codetr_d2.model_zoo``, which finds them at the top of a checkout otherwise."""
+    """Puts the configs into ``codetr_d2/model_zoo``; in a checkout they are found at its top (``config/zoo.py``)."""
 
     def run(self):
         super().run()
@@ -77,7 +77,8 @@ setup(
     description="Co-DETR (ICCV 2023) for Detectron2",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["codetr_d2", "codetr_d2.*"]),
+    packages=find_packages(include=["codetr_d2", "codetr_d2.*", "codetr_d2_programs"]),
+    entry_points={"console_scripts": ["codetr_d2 = codetr_d2_programs.__main__:main"]},
     package_data={
         "codetr_d2.ops": ["*.h", "*/*.cpp", "*/*.h"],
         "codetr_d2.report": ["*.html", "*.css", "*.js"],
@@ -85,12 +86,12 @@ setup(
     install_requires=[
         "torch>=2.6",  # reads checkpoints of strangers without running what they hold
         "torchvision",
-        "detectron2",  # tools/install_detectron2.py
         "fvcore",
         "iopath",
         "numpy",
         "scipy",
         "scikit-learn",
+        "shapely",  # detectron2 crops polygon masks with it, and doesn't ask for it
         "pycocotools",
         "faster-coco-eval",
         "timm",
@@ -99,8 +100,10 @@ setup(
         "matplotlib",
         "tqdm",
         "jinja2",
+        "tabulate",
         "tensorboard",
-        # OpenCV too, as opencv-python or opencv-python-headless: detectron2 and the demo import cv2 from either.
+        # And detectron2, which pip finds under no name, with OpenCV as opencv-python or opencv-python-headless:
+        # "codetr_d2 install-detectron2" installs what is missing.
     ],
     extras_require={
         "export": ["nncf", "onnx", "onnxruntime", "onnxscript", "openvino"],

@@ -4,9 +4,10 @@ try:
     import torch  # noqa: F401  # isort: skip (first: without it the whole set-up is missing)
     import detectron2  # noqa: F401
 except ModuleNotFoundError as error:
-    mend = "make setup" if error.name == "torch" else "python tools/install_detectron2.py"
+    mend = "pip install torch torchvision" if error.name == "torch" else "codetr_d2 install-detectron2"
+    checkout = "make setup" if error.name == "torch" else "python tools/install_detectron2.py"
     raise ModuleNotFoundError(
-        f"codetr_d2 needs {error.name}, which is not installed here. In the project's folder, run: {mend}",
+        f"codetr_d2 needs {error.name}, which is not installed here. Run: {mend} (in the project's folder: {checkout})",
         name=error.name,
     ) from error
 

@@ -12,7 +12,7 @@ from detectron2.utils.collect_env import collect_env_info as detectron2_env_info
 from tabulate import tabulate
 
 from . import __version__
-from .ops import active_backend
+from .ops import active_backend, fast_bfloat16
 
 __all__ = ["collect_env_info"]
 
@@ -38,12 +38,16 @@ def compiler_version() -> str:
 
 
 def collect_env_info() -> str:
-    """Versions, threads, which deformable-attention backend is active and why, and then detectron2's own report."""
+    """Versions, threads, what computes deformable attention and in what inference computes, and why; and then
+    detectron2's own report.
+    """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = [("codetr_d2", f"{__version__} @{Path(__file__).parent}")]
     for device in devices:
         backend, reason = active_backend(device)
         rows.append((f"deformable attention on {device}", f"{backend}: {reason}"))
+        is_fast, reason = fast_bfloat16(device)
+        rows.append((f"inference on {device}", f"{'bfloat16' if is_fast else 'float32'}: {reason}"))
     rows += [
         ("C++ compiler", compiler_version()),
         ("CPU", f"{platform.machine()}, {os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads"),

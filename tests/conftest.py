@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from codetr_d2.modeling.pyramid import FeaturePyramid, Geometry
+from codetr_d2.ops import bfloat16
 from tests.tiny_detector import NUM_CLASSES, write_dataset
 
 matplotlib.use("Agg")  # tests draw into files, on machines without a screen
@@ -23,6 +24,14 @@ def pytest_addoption(parser):
         metavar="DIR",
         help="recordings of the published implementation to compare with (default: those in tests/reference/data)",
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def float32_on_every_machine():
+    """Models compute as on a machine that is not faster in bfloat16, so that numbers don't depend on the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bfloat16, "fast_bfloat16", lambda device: (False, "this is a test"))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,11 @@ def test_report_tells_the_backend_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("codetr_d2.collect_env.detectron2_env_info", lambda: "")  # would ask the GPU more
     monkeypatch.setattr("codetr_d2.collect_env.active_backend", lambda device: ("triton", f"kernels on {device}"))
-    assert value(collect_env_info(), "deformable attention on cuda") == "triton: kernels on cuda"
+    monkeypatch.setattr("codetr_d2.collect_env.fast_bfloat16", lambda device: (device == "cuda", f"like any {device}"))
+    report = collect_env_info()
+    assert value(report, "deformable attention on cuda") == "triton: kernels on cuda"
+    assert value(report, "inference on cuda") == "bfloat16: like any cuda"
+    assert value(report, "inference on cpu") == "float32: like any cpu"
 
 
 def test_missing_package_and_compiler_are_reported(monkeypatch, tmp_path):
@@ -63,4 +67,4 @@ def test_missing_detectron2_is_named_with_the_command_that_mends_it(tmp_path):
     command = [sys.executable, "-m", "codetr_d2.collect_env"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode != 0
-    assert "needs detectron2" in result.stderr and "python tools/install_detectron2.py" in result.stderr
+    assert "needs detectron2" in result.stderr and "codetr_d2 install-detectron2 (" in result.stderr

@@ -12,6 +12,7 @@ from detectron2.utils.file_io import PathManager
 from ..checkpoint.checkpointer import atomic_write
 from ..errors import InputError
 from .defaults import add_codetr_config
+from .zoo import find_config_file
 
 __all__ = ["load_config", "options_of", "plain", "resolve_device", "save_config"]
 
@@ -22,7 +23,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     ``~`` at the start of a path is the home folder.
 
     Args:
-        config_file: a YAML file.
+        config_file: a YAML file; or, where there is no such file, a name of the model zoo like
+            "co_dino/co_dino_5scale_r50_1x_coco.yaml". So may ``_BASE_`` be, whose paths are relative to its own file.
         opts: key, value, key, value, ...
 
     Raises:
@@ -30,7 +32,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     add_codetr_config(cfg)
-    _merge_file(cfg, os.path.expanduser(config_file), ())
+    _merge_file(cfg, find_config_file(config_file), ())
     for key in opts[::2]:
         if key.startswith("-"):
             raise InputError(f"{key}: flags must stand before the KEY VALUE pairs of the command line")
@@ -67,9 +69,10 @@ def _merge_file(cfg: CfgNode, path: str, parents: tuple[str, ...]) -> None:
         raise InputError(f"{path}: a config must be a mapping of options, not a {type(loaded).__name__}")
     bases = loaded.pop("_BASE_", [])
     for base in [bases] if isinstance(bases, str) else bases:
-        base = os.path.expanduser(base)
-        if not base.startswith(("/", "http://", "https://")):
-            base = os.path.join(os.path.dirname(path), base)
+        try:
+            base = find_config_file(base, os.path.dirname(path))
+        except InputError as error:
+            raise InputError(f"{error} (_BASE_ of {path})") from None
         _merge_file(cfg, base, (*parents, path))
     options = dict(options_of(loaded, cfg))
     for key, value in options.items():

@@ -148,9 +148,11 @@ def add_codetr_config(cfg: CN) -> None:
     _C.MODEL.REFINE_MASK_HEAD.LOSS_WEIGHT = 12.0
     _C.MODEL.REFINE_MASK_HEAD.IOU_LOSS_WEIGHT = 6.0  # of the mask's predicted quality
 
-    # bfloat16: inference computes in it what does not need more (autocast), in a fraction of the time on CPUs and GPUs
-    # that have it in hardware: evaluation, prediction and deployment alike. SOLVER.AMP is for training alone.
-    _C.MODEL.CODETR.INFERENCE_DTYPE = "float32"
+    # auto, float32 or bfloat16. bfloat16: inference computes in it what does not need more (autocast), in a fraction of
+    # the time on CPUs that have it in hardware: evaluation (of a training too), prediction and deployment alike. auto:
+    # bfloat16 on CPUs with AMX and on GPUs from compute capability 8.0, float32 elsewhere. What it costs in AP is in
+    # docs/performance.md; for the last digit of a number, say float32. SOLVER.AMP is for training alone.
+    _C.MODEL.CODETR.INFERENCE_DTYPE = "auto"
     # Compile backbone, encoder and decoder for inference (torch.compile): worth the minute that the first images take
     # where thousands follow. It needs a C++ compiler, on a GPU Triton.
     _C.MODEL.CODETR.COMPILE = False

@@ -271,7 +271,6 @@ def _set_schedule(found: Suggestion, num_images: int, machine: Machine, recipe: 
 def write_config(
     file: Path,
     suggestion: Suggestion,
-    base: Path,
     datasets: dict[str, tuple[Path, Path]],
     output: str,
     weights: str = "",
@@ -281,7 +280,6 @@ def write_config(
     Args:
         file: where to; its folder's name is the beginning of the datasets' names.
         suggestion: what to write.
-        base: the path of the suggestion's base.
         datasets: by "train", "val" and perhaps "test", the folder of pictures and the COCO json.
         output: ``OUTPUT_DIR``.
         weights: ``MODEL.WEIGHTS``; "": those of the base.
@@ -302,8 +300,8 @@ def write_config(
             node = node.setdefault(section, {})
         node[last] = (value, suggestion.reasons.get(key, ""))
     lines = [
-        "# A first config, made by tools/prepare_dataset.py from the dataset and the machine: docs/your_data.md.",
-        f"_BASE_: {json.dumps(str(base))}",
+        "# A first config, made by `codetr_d2 prepare-dataset` from the dataset and the machine: docs/your_data.md.",
+        f"_BASE_: {json.dumps(suggestion.base)}",
         *_lines(tree, ""),
     ]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,20 +1,16 @@
 """Configs by their path in configs/, like "co_dino/co_dino_5scale_r50_1x_coco.yaml", and models made of them."""
 
-import difflib
-from pathlib import Path
-
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
 from ..checkpoint.checkpointer import CoDETRCheckpointer
 from ..config.config_file import load_config
+from ..config.zoo import zoo_folder, zoo_neighbours
 from ..errors import InputError
 
 __all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file"]
 
-# In an installed package the configs lie here (setup.py copies them), in a checkout at its top.
-_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")
 # What the authors publish as files that can be fetched: all of their models with ViT-L.
 _HUGGING_FACE = {
     "co_dino_vit/co_dino_5scale_vit_large_coco.yaml": "co-detr-vit-large-coco",
@@ -33,12 +29,9 @@ def get_config_file(config_path: str) -> str:
     Raises:
         InputError: there is none of this name.
     """
-    folder = next((x for x in _FOLDERS if x.is_dir()), _FOLDERS[0])
-    file = folder / config_path
+    file = zoo_folder() / config_path
     if not file.is_file():
-        known = sorted(x.relative_to(folder).as_posix() for x in folder.glob("[!_]*/*.yaml"))
-        near = difflib.get_close_matches(config_path, known, n=3, cutoff=0.3)
-        raise InputError(f"{config_path}: no such config in the model zoo. Near to it: {', '.join(near) or 'none'}")
+        raise InputError(f"{config_path}: no such config in the model zoo. {zoo_neighbours(config_path)}")
     return str(file)
 
 

@@ -53,7 +53,8 @@ class CoDETR(nn.Module):
         size_divisibility: images are padded to multiples of so many pixels.
         canvas_size: side of the square, in pixels, that every image is put on at the top left and whose padding counts
             as a part of the image; 0 to pad images to the largest of their batch instead, and mask the padding.
-        inference_dtype: torch.float32, or torch.bfloat16 for autocast at inference.
+        inference_dtype: torch.float32; torch.bfloat16 for autocast at inference; None for the one that is faster where
+            the model is.
         compile: compile backbone, encoder and decoder for inference.
         canvas_value: value of the canvas's pixels before their normalisation.
         training_pictures: draws what the query head predicts in training; or None.
@@ -95,7 +96,7 @@ class CoDETR(nn.Module):
                 f"most MODEL.CODETR.NUM_FEATURE_LEVELS ({options.NUM_FEATURE_LEVELS})"
             )
         one_of(cfg, "MODEL.CODETR.NECK", ["ChannelMapper", ""])
-        one_of(cfg, "MODEL.CODETR.INFERENCE_DTYPE", ["float32", "bfloat16"])
+        one_of(cfg, "MODEL.CODETR.INFERENCE_DTYPE", ["auto", "float32", "bfloat16"])
         one_of(cfg, "MODEL.CODETR.EVAL_HEAD", ["detr", *auxiliary_head_names(options.AUX_HEADS)])
         if cfg.MODEL.MASK_ON:
             one_of(cfg, "MODEL.CODETR.MASK_HEAD", ["roi", "refine"])
@@ -139,7 +140,7 @@ class CoDETR(nn.Module):
         size_divisibility: int = 1,
         canvas_size: int = 0,
         canvas_value: float = 114.0,
-        inference_dtype: torch.dtype = torch.float32,
+        inference_dtype: torch.dtype | None = None,
         compile: bool = False,
         training_pictures: TrainingPictures | None = None,
     ):
@@ -225,7 +226,9 @@ class CoDETR(nn.Module):
             "size_divisibility": size_divisibility,
             "canvas_size": options.CANVAS_SIZE,
             "canvas_value": options.CANVAS_VALUE,
-            "inference_dtype": getattr(torch, options.INFERENCE_DTYPE),
+            "inference_dtype": {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[
+                options.INFERENCE_DTYPE
+            ],
             "compile": options.COMPILE,
             "training_pictures": TrainingPictures(cfg.VIS_PERIOD, cfg.INPUT.FORMAT, options.CLASS_NAMES)
             if cfg.VIS_PERIOD > 0
@@ -251,8 +254,9 @@ class CoDETR(nn.Module):
             # Inference alone is compiled.
             with torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext():
                 return self.losses(images, batched_inputs)
-        half = self.inference_dtype != torch.float32
-        with torch.autocast(self.device.type, self.inference_dtype) if half else contextlib.nullcontext():
+        dtype = ops.inference_dtype(self.inference_dtype, self.device)
+        is_half = dtype != torch.float32
+        with torch.autocast(self.device.type, dtype) if is_half else contextlib.nullcontext():
             return self.inference(images, batched_inputs)
 
     def losses(self, images: ImageList, batched_inputs: list[dict]) -> dict[str, Tensor]:

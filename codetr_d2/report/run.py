@@ -60,7 +60,7 @@ def read_run(folder: Path) -> Run:
             detections nor weights.
     """
     if not (folder / "config.yaml").is_file():
-        raise InputError(f"{folder}: there is no config.yaml; name the OUTPUT_DIR of a run of train_net.py")
+        raise InputError(f"{folder}: there is no config.yaml; name the OUTPUT_DIR of a training run")
     cfg = load_config(str(folder / "config.yaml"))
     register_datasets(cfg)
     if not cfg.DATASETS.TEST:

@@ -245,10 +245,10 @@ def commands(run: Run) -> list[list[str]]:
     """[what, command line] to go on from here."""
     weights = str(run.weights or run.folder / "model_final.pth")
     model = ["--config-file", str(run.folder / "config.yaml")]
-    evaluate = ["python", "train_net.py", *model, "--eval-only", "MODEL.WEIGHTS", weights]
+    evaluate = ["codetr_d2", "evaluate", *model, "MODEL.WEIGHTS", weights]
     predict = [
-        "python",
-        "demo/predict.py",
+        "codetr_d2",
+        "predict",
         "PICTURE",
         *model,
         "--weights",

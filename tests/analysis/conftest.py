@@ -1,14 +1,13 @@
 """Runs of a tiny model, and a dataset of three small pictures for them."""
 
-import importlib
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from codetr_d2_programs import analyze as analyze_program
 from tests.tiny_run import write_tiny_run
 
 SIZES = [(60, 40), (40, 60), (50, 50)]  # (width, height)
@@ -57,7 +56,6 @@ def write_run(tmp_path):
 
 
 @pytest.fixture
-def analyze(monkeypatch):
-    """The main function of tools/analyze.py."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
-    return importlib.import_module("analyze").main
+def analyze():
+    """The main function of ``codetr_d2 analyze``."""
+    return analyze_program.main

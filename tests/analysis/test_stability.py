@@ -9,8 +9,8 @@ from detectron2.structures import Boxes, Instances
 from codetr_d2.analysis.matches import Matches, match_objects
 from codetr_d2.analysis.stability import instability, num_changed
 from codetr_d2.errors import InputError
+from codetr_d2_programs import analyze
 from tests.small_model import build, make_batch
-from tools import analyze
 
 # Of two images with two and three objects. From the first evaluation to the second, queries 5 and 7 swap their objects
 # (2 changes), and query 1 hands its object to query 4 (2); from there to the third, an object loses query 9 (1).

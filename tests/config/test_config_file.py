@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pytest
@@ -5,8 +6,11 @@ import torch
 
 from codetr_d2.config.config_file import save_config
 from codetr_d2.config.output_dir import check_training_data, training_data
+from codetr_d2.config.zoo import zoo_folder
 from codetr_d2.engine import check_config, check_output_dir, load_config
 from codetr_d2.errors import InputError
+
+ZOO_NAME = "co_dino/co_dino_5scale_r50_1x_coco.yaml"
 
 
 @pytest.fixture
@@ -28,12 +32,40 @@ def test_bases_files_and_command_line_override_each_other(write):
     assert cfg.MODEL.CODETR.AUX_HEADS == ["atss"]
 
 
+def test_a_file_comes_before_the_model_zoo(write, tmp_path, monkeypatch):
+    """For a config and for its _BASE_, from a folder that is none of the project's."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config(ZOO_NAME) == load_config(os.path.join(zoo_folder(), ZOO_NAME))
+    path = write(f"_BASE_: {ZOO_NAME}\nSOLVER: {{IMS_PER_BATCH: 3}}")
+    cfg = load_config(path)
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.CODETR.QUERY_HEAD) == (3, "CoDINOHead")
+    (tmp_path / ZOO_NAME).parent.mkdir()
+    write("MODEL: {CODETR: {NUM_CLASSES: 7}}", ZOO_NAME)
+    assert load_config(ZOO_NAME).MODEL.CODETR.NUM_CLASSES == load_config(path).MODEL.CODETR.NUM_CLASSES == 7
+
+
+def test_a_config_in_neither_place_names_both(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        load_config("configs/co_dino/co_dino_5scale_r50_1x_coco.yaml")
+    message = str(error.value)
+    assert message.startswith("configs/co_dino/") and f"none in {tmp_path}," in message
+    assert f"model zoo ({zoo_folder()})" in message and f": {ZOO_NAME}" in message
+    with pytest.raises(InputError, match="^/no/such/file.yaml: cannot read this config file: it does not exist$"):
+        load_config("/no/such/file.yaml")
+
+
 @pytest.mark.parametrize(
     "text, opts, message",
     [
         ("MODEL: {CODETR: {AUX_HEDS: []}}", [], r"config\.yaml: unknown option MODEL\.CODETR\.AUX_HEDS.*\.AUX_HEADS\?"),
         ("MODEL: {CODETER: {NUM_CLASSES: 3}}", [], r"config\.yaml.*MODEL\.CODETER\.NUM_CLASSES.*CODETR\.NUM_CLASSES"),
         ("_BASE_: base.yaml", [], r"base\.yaml: cannot read.*_BASE_ of .*config\.yaml"),
+        (
+            "_BASE_: co_dino/co_dino_r50.yaml",
+            [],
+            r"co_dino_r50\.yaml: cannot.*Near to it: co_dino/co_dino_5.*_BASE_",
+        ),
         ("_BASE_: config.yaml", [], r"config\.yaml: its _BASE_ leads back"),
         ("MODEL: 3", [], r"config\.yaml: MODEL is a section"),
         ("MODEL: {CODETR: {NUM_CLASSES: three}}", [], r"NUM_CLASSES must be a int, like 80; got 'three'"),

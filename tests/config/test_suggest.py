@@ -30,7 +30,7 @@ def load(suggestion, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir(exist_ok=True)
     datasets = {x: (folder / x, folder / f"{x}.json") for x in ("train", "val")}
-    write_config(folder / "config.yaml", suggestion, CONFIGS / suggestion.base, datasets, "output/mine", "")
+    write_config(folder / "config.yaml", suggestion, datasets, "output/mine", "")
     return load_config(str(folder / "config.yaml"))
 
 

@@ -11,6 +11,7 @@ from detectron2.utils import comm
 import train_net
 from codetr_d2.engine import run_processes
 from codetr_d2.errors import InputError
+from codetr_d2_programs import train
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +82,7 @@ def test_an_interrupted_run_says_how_to_go_on(config_file, capsys, monkeypatch):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_net, "run_processes", interrupt)
+    monkeypatch.setattr(train, "run_processes", interrupt)
     with pytest.raises(SystemExit) as exit:
         train_net.main(["--config-file", str(config_file)])
     assert exit.value.code == 130 and "--resume" in capsys.readouterr().err

@@ -44,7 +44,7 @@ def test_published_weights_have_addresses_or_say_where_they_are():
 
 def test_addresses_in_the_documentation_are_those_of_the_code():
     text = (ROOT / "MODEL_ZOO.md").read_text()
-    documented = dict(re.findall(r"--config-file configs/(\S+\.yaml).*\n +MODEL\.WEIGHTS (hf://\S+)", text))
+    documented = dict(re.findall(r"--config-file (\S+\.yaml).*\n +MODEL\.WEIGHTS (hf://\S+)", text))
     expected = {}
     for name in NAMES:
         try:

@@ -7,6 +7,7 @@ from detectron2.structures import BitMasks, PolygonMasks
 from codetr_d2.errors import InputError
 from codetr_d2.modeling.auxiliary import auxiliary_head_names
 from codetr_d2.modeling.query_heads import QUERY_HEAD_REGISTRY
+from codetr_d2.ops import bfloat16
 from tests.small_model import build, make_batch, train_step
 
 
@@ -162,6 +163,23 @@ def test_bfloat16_at_inference():
             scores = detections["instances"].scores
             assert scores.dtype == torch.float32
             assert torch.equal(scores, same["instances"].scores) and not torch.equal(scores, other["instances"].scores)
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_auto_is_bfloat16_where_that_is_faster(is_fast, monkeypatch):
+    """Asked of where the model is, whenever it runs; training is as ever."""
+    torch.manual_seed(1)
+    model = build().eval()
+    chosen = build("MODEL.CODETR.INFERENCE_DTYPE", "bfloat16" if is_fast else "float32").eval()
+    chosen.load_state_dict(model.state_dict())
+    asked = []
+    monkeypatch.setattr(bfloat16, "fast_bfloat16", lambda device: (asked.append(device) or is_fast, "this is a test"))
+    batch = make_batch(3)
+    with torch.no_grad():
+        [found], [expected] = model(batch), chosen(batch)
+    assert torch.equal(found["instances"].scores, expected["instances"].scores)
+    assert asked[0] == torch.device("cpu")
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_the_shape_decides_what_is_kept():

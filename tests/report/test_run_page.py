@@ -13,7 +13,6 @@ import pytest
 import torch
 from pycocotools import mask as mask_util
 
-import train_net
 from codetr_d2.errors import InputError
 from codetr_d2.evaluation import average_precisions
 from codetr_d2.report import pictures, run_page
@@ -25,7 +24,8 @@ from codetr_d2.report.run import read_run
 from codetr_d2.report.run_data import Evaluated, config_differences
 from codetr_d2.report.run_page import page_data, write_run_page
 from codetr_d2.report.training import training_charts
-from demo import predict
+from codetr_d2_programs import predict, train
+from codetr_d2_programs.__main__ import COMMANDS
 from tests.report.tiny_report import CLASS_NAMES, copy_with_other_scores
 
 
@@ -187,7 +187,11 @@ def test_options_that_differ_from_the_defaults(run):
 def test_commands_are_those_of_the_programs(data):
     lines = {what: shlex.split(line) for what, line in data["runs"][0]["commands"]}
     folder = Path(dict(data["runs"][0]["about"])["folder"])
-    evaluate = train_net.build_parser().parse_args(lines["evaluate again"][2:])
+    assert [lines[x][:2] for x in ("evaluate again", "predict")] == [
+        ["codetr_d2", "evaluate"],
+        ["codetr_d2", "predict"],
+    ]
+    evaluate = train.build_parser().parse_args([*COMMANDS["evaluate"][1], *lines["evaluate again"][2:]])
     assert evaluate.eval_only and evaluate.opts == ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
     predict_arguments = predict.parse_arguments(lines["predict"][2:])
     assert (evaluate.config_file, predict_arguments.config_file) == (

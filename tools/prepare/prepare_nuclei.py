@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from prepare_common import check_sha256, download_wheel, is_complete, whole_folder, write_coco
+from prepare_common import is_complete, whole_folder, write_coco
 from pycocotools import mask as mask_util
+
+from codetr_d2_programs.wheels import check_sha256, download_wheel
 
 RECIPE = "nuclei 1"  # raise it when the files change: older ones are then replaced
 SOURCE = "stardist==0.9.2"

@@ -16,7 +16,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from PIL import Image
-from prepare_common import check_sha256, download_wheel, is_complete, whole_folder, write_coco
+from prepare_common import is_complete, whole_folder, write_coco
+
+from codetr_d2_programs.wheels import check_sha256, download_wheel
 
 RECIPE = "trees 1"  # raise it when the files change: older ones are then replaced
 SOURCE = "deepforest==2.1.0"

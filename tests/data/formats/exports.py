@@ -270,3 +270,20 @@ WRITERS = {
         roboflow_voc,
     )
 }
+
+
+def yolo_squares(folder, number=12):
+    """Pictures with one or two bright squares each, in two folders."""
+    rng = np.random.default_rng(0)
+    for i in range(number):
+        part = f"camera{i % 3}"
+        pixels = rng.integers(0, 60, (48, 64, 3), dtype=np.uint8)
+        lines = []
+        for label in range(1 + i % 2):
+            x, y, side = rng.integers(0, 40), rng.integers(0, 24), rng.integers(8, 24)
+            pixels[y : y + side, x : x + side] = (250, 250 * label, 90)
+            lines.append(f"{label} {(x + side / 2) / 64} {(y + side / 2) / 48} {side / 64} {side / 48}")
+        (folder / "images" / part).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / "images" / part / f"{i}.png")
+        write_text(folder / "labels" / part / f"{i}.txt", "\n".join(lines))
+    write_text(folder / "data.yaml", "names: [square, disc]\n")

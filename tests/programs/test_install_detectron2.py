@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "install_detectron2.py"
+from codetr_d2_programs import install_detectron2
+
+ROOT = Path(__file__).parents[2]
 METADATA = """\
 Metadata-Version: 2.1
 Name: sal-detectron2
@@ -44,10 +46,7 @@ SOURCE_FILES = {
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("install_detectron2", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return install_detectron2
 
 
 @pytest.fixture
@@ -116,7 +115,7 @@ def main(script, monkeypatch):
 
         monkeypatch.setattr(script.subprocess, "run", run)
         monkeypatch.setattr(script, "is_installed", lambda: installed)
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["codetr_d2 install-detectron2", *map(str, arguments)])
         script.main()
         return commands
 
@@ -162,3 +161,19 @@ def test_what_counts_as_installed(folder, has_metadata, expected, script, tmp_pa
     monkeypatch.delitem(sys.modules, "detectron2", raising=False)
     monkeypatch.setattr(script.sysconfig, "get_path", lambda name: str(site))
     assert script.is_installed() is expected
+
+
+def test_runs_before_anything_is_installed():
+    """As the set-up calls it: with the standard library alone."""
+    command = [sys.executable, "-I", "-S", ROOT / "tools" / "install_detectron2.py", "--help"]
+    assert "--wheel WHEEL" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("has_opencv", [True, False])
+def test_opencv_is_installed_where_there_is_none(main, source_wheel, monkeypatch, has_opencv):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        install_detectron2.importlib.util, "find_spec", lambda x: has_opencv or None if x == "cv2" else find_spec(x)
+    )
+    commands = main(installed=True)
+    assert [command[-1] for command in commands] == ([] if has_opencv else ["opencv-python-headless"])

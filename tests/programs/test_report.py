@@ -2,8 +2,8 @@ from functools import partial
 
 import pytest
 
+from codetr_d2_programs import report
 from tests.report.tiny_report import copy_with_other_scores, write_tiny_report_run
-from tools import report
 
 
 @pytest.mark.slow

@@ -1,46 +1,27 @@
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import train_net
+from codetr_d2_programs import prepare_dataset, prepare_efficientnet
 from tests.data.formats import exports
 
 
 @pytest.fixture
-def prepare(tool, tmp_path, monkeypatch):
-    module = tool("prepare_dataset")
+def prepare(tmp_path, monkeypatch):
     weights = tmp_path / "weights.pth"
     torch.save({"model": {}}, weights)
-    monkeypatch.setattr(module, "SMALL_WEIGHTS", weights)
-    return module
-
-
-def yolo_folder(folder, number=12):
-    """Pictures with one or two bright squares each, in two folders."""
-    rng = np.random.default_rng(0)
-    for i in range(number):
-        part = f"camera{i % 3}"
-        pixels = rng.integers(0, 60, (48, 64, 3), dtype=np.uint8)
-        lines = []
-        for label in range(1 + i % 2):
-            x, y, side = rng.integers(0, 40), rng.integers(0, 24), rng.integers(8, 24)
-            pixels[y : y + side, x : x + side] = (250, 250 * label, 90)
-            lines.append(f"{label} {(x + side / 2) / 64} {(y + side / 2) / 48} {side / 64} {side / 48}")
-        (folder / "images" / part).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(folder / "images" / part / f"{i}.png")
-        exports.write_text(folder / "labels" / part / f"{i}.txt", "\n".join(lines))
-    exports.write_text(folder / "data.yaml", "names: [square, disc]\n")
+    monkeypatch.setattr(prepare_efficientnet, "DEFAULT_FILE", weights)
+    return prepare_dataset
 
 
 def test_a_folder_becomes_a_dataset(prepare, tmp_path, capsys):
-    yolo_folder(tmp_path / "yolo")
+    exports.yolo_squares(tmp_path / "yolo")
     prepare.main([str(tmp_path / "yolo"), "--output", str(tmp_path / "mine"), "--device", "cpu", "--val", "0.25"])
     out = capsys.readouterr().out
     assert "Read as YOLO" in out and "| pictures |       9 |     3 |" in out
-    assert f"train_net.py --config-file {tmp_path}/mine/config.yaml" in out
+    assert f"codetr_d2 train --config-file {tmp_path}/mine/config.yaml" in out
     train, val = (json.loads((tmp_path / "mine" / f"{x}.json").read_text()) for x in ("train", "val"))
     assert len(train["images"]) == 9 and len(val["images"]) == 3
     assert not {x["file_name"] for x in train["images"]} & {x["file_name"] for x in val["images"]}
@@ -48,7 +29,7 @@ def test_a_folder_becomes_a_dataset(prepare, tmp_path, capsys):
 
 
 def test_groups_by_folder(prepare, tmp_path):
-    yolo_folder(tmp_path / "yolo")
+    exports.yolo_squares(tmp_path / "yolo")
     prepare.main([str(tmp_path / "yolo"), "--output", str(tmp_path / "mine"), "--device", "cpu", "--group-by-folder"])
     folders = [
         {
@@ -89,7 +70,7 @@ def test_what_was_left_out_is_said(prepare, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_config_trains(prepare, tmp_path, monkeypatch, caplog):
     """From a YOLO folder to the files of a run, by the command that the program names; the model is made small here."""
-    yolo_folder(tmp_path / "yolo")
+    exports.yolo_squares(tmp_path / "yolo")
     prepare.main([str(tmp_path / "yolo"), "--output", str(tmp_path / "mine"), "--device", "cpu"])
     monkeypatch.chdir(tmp_path)
     options = {

@@ -1,12 +1,12 @@
-"""``tools/analyze.py cost``."""
+"""``codetr_d2 analyze cost``."""
 
 import csv
 import json
 
 import pytest
 
+from codetr_d2_programs import analyze
 from tests.tiny_run import CONFIGS, write_tiny_run
-from tools import analyze
 
 CONFIG = CONFIGS / "quick_start" / "co_deformable_detr_efficientnet_lite0_digits.yaml"
 
