@@ -57,20 +57,20 @@ class Detector:
         file = Path(file)
         loaders = {".onnx": ("onnxruntime", _load_onnx), ".xml": ("openvino", _load_openvino)}
         if file.suffix not in loaders or not file.is_file():
-            problem = "does not exist" if file.suffix in loaders else "is neither .onnx nor .xml"
-            raise InputError(f"{file} {problem}. Name a model that tools/export.py wrote.")
+            raise InputError(f"{file} is no model.onnx or model.xml. Name a file that tools/export.py wrote.")
         runtime, load = loaders[file.suffix]
         try:
-            self._run, metadata, self._channels = load(file)
+            self._run, inputs, metadata = load(file)
         except ImportError as error:
             raise InputError(f"{file} needs {runtime} ({error}): pip install {runtime}") from error
         except Exception as error:  # each runtime has errors of its own
-            reason = " ".join(str(error).split())
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise InputError(f"{file} cannot be loaded ({reason}). Export the model again.") from error
         if "class_names" not in metadata:
-            raise InputError(f"{file} is a model of another kind. Name one that tools/export.py wrote.")
+            raise InputError(f"{file} is a model of another kind. Name a file that tools/export.py wrote.")
         self.class_names: list[str] = json.loads(metadata["class_names"])
         self._min_size, self._max_size = int(metadata["min_size"]), int(metadata["max_size"])
+        self._channels = inputs["images"][3]
 
     def __call__(self, image: np.ndarray, score_threshold: float = 0.0) -> dict[str, np.ndarray]:
         """Detect.
@@ -96,7 +96,8 @@ class Detector:
             picture = picture.resize(resized(width, height, self._min_size, self._max_size), Image.Resampling.BILINEAR)
         batch = np.asarray(picture).reshape(1, picture.height, picture.width, self._channels)
         found = self._run({"images": batch, "sizes": np.array([batch.shape[1:3]], np.int64)})
-        found = {name: values[0] for name, values in found.items()}
+        outputs = ("boxes", "scores", "classes", "masks", "mask_scores")
+        found = {name: found[name][0] for name in outputs if name in found}
         if not np.isfinite(found["boxes"]).all():
             raise InputError("the model computes NaN or infinite numbers. Export another checkpoint, or in float32.")
         boxes = found["boxes"] * np.array([width / picture.width, height / picture.height] * 2, np.float32)
@@ -108,17 +109,17 @@ class Detector:
         return found
 
 
-def _load_onnx(file: Path) -> tuple[Callable[[dict], dict], dict[str, str], int]:
-    """A function from inputs to outputs, the metadata, and the number of the picture's channels."""
+def _load_onnx(file: Path) -> tuple[Callable[[dict], dict], dict[str, list], dict[str, str]]:
+    """A function from inputs to outputs, the shapes of the inputs, and the metadata."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_outputs()]
-    channels = {x.name: x.shape for x in session.get_inputs()}["images"][3]
-    return lambda x: dict(zip(names, session.run(None, x))), session.get_modelmeta().custom_metadata_map, channels
+    shapes = {x.name: x.shape for x in session.get_inputs()}
+    return lambda x: dict(zip(names, session.run(names, x))), shapes, session.get_modelmeta().custom_metadata_map
 
 
-def _load_openvino(file: Path) -> tuple[Callable[[dict], dict], dict[str, str], int]:
+def _load_openvino(file: Path) -> tuple[Callable[[dict], dict], dict[str, list], dict[str, str]]:
     """As :func:`_load_onnx`."""
     import openvino
 
@@ -126,15 +127,16 @@ def _load_openvino(file: Path) -> tuple[Callable[[dict], dict], dict[str, str], 
     model = core.read_model(file)
     keys = [x for x in ("class_names", "min_size", "max_size") if model.has_rt_info(["codetr_d2", x])]
     metadata = {key: model.get_rt_info(["codetr_d2", key]).astype(str) for key in keys}
+    shapes = {name: [d.get_max_length() for d in x.partial_shape] for x in model.inputs for name in x.names}
     # By default it computes in bfloat16 where the processor has it, and finds other boxes.
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    names = {"boxes", "scores", "classes", "masks", "mask_scores"} & {y for x in model.outputs for y in x.names}
+    names = [name for x in model.outputs for name in x.names]
 
     def run(inputs: dict) -> dict:
         outputs = compiled(inputs)
         return {name: outputs[name] for name in names}
 
-    return run, metadata, compiled.input("images").partial_shape[3].get_length()
+    return run, shapes, metadata
 
 
 def resized(width: int, height: int, min_size: int, max_size: int) -> tuple[int, int]:
@@ -298,7 +300,7 @@ def _free_place(box: Sequence[int], w: int, h: int, width: int, height: int, tak
 
 
 def read_image(file: str | os.PathLike) -> np.ndarray:
-    """Any picture that Pillow reads, upright -> [H, W, 3] uint8, BGR. A damaged file raises an InputError."""
+    """Any picture that Pillow reads, upright, as [H, W, 3] uint8, BGR; InputError where it is damaged."""
     turn = Image.Transpose
     turns = (None, None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM)  # by EXIF orientation
     turns += (turn.TRANSPOSE, turn.ROTATE_270, turn.TRANSVERSE, turn.ROTATE_90)
@@ -338,28 +340,24 @@ def _kind(file: Path) -> str | None:
 def find_files(inputs: Sequence[Path], output: Path) -> dict[Path, Path]:
     """Pictures and videos -> where their drawings go. Folders are searched; hidden files and ``output`` are not."""
     found: dict[Path, Path] = {}
+    taken: set[str] = set()
     for path in inputs:
         files = [path]
-        if path.is_dir():
-            files = []
-            for place, folders, names in os.walk(path):
-                inner = sorted(x for x in folders if not x.startswith("."))
-                folders[:] = [x for x in inner if Path(place, x).resolve() != output.resolve()]
-                files += [Path(place, x) for x in sorted(names) if not x.startswith(".")]
-        files = [x for x in files if x.is_file() and _kind(x)]
-        if not files:
-            raise InputError(f"There is no picture and no video: {path}. Name another file or folder.")
-        for file in files:
-            found.setdefault(file, file.relative_to(path) if path.is_dir() else Path(file.name))
-    taken: set[str] = set()
-    for file, name in found.items():
-        suffix, number = ".mp4" if _kind(file) == "video" else ".png", 1
-        drawing = output / name.with_suffix(suffix)
-        while str(drawing).casefold() in taken:  # names that differ in case alone are one file to some systems
-            drawing = output / name.with_name(f"{name.name}{'' if number == 1 else f'-{number}'}{suffix}")
-            number += 1
-        taken.add(str(drawing).casefold())
-        found[file] = drawing
+        for place, folders, names in os.walk(path):  # of a file: nothing
+            inner = sorted(x for x in folders if not x.startswith("."))
+            folders[:] = [x for x in inner if Path(place, x).resolve() != output.resolve()]
+            files += [Path(place, x) for x in sorted(names) if not x.startswith(".")]
+        kinds = {x: _kind(x) for x in files if x.is_file()}
+        if not any(kinds.values()):
+            raise InputError(f"{path}: there is no picture and no video. Name another file or folder.")
+        for file in (x for x in kinds if kinds[x] and x not in found):
+            name = file.relative_to(path) if path.is_dir() else Path(file.name)
+            suffix, number = ".mp4" if kinds[file] == "video" else ".png", 1
+            found[file] = output / name.with_name(f"{name.stem}{suffix}")
+            while str(found[file]).casefold() in taken:  # names that differ in case alone are one to some systems
+                found[file] = output / name.with_name(f"{name.name}{'' if number == 1 else f'-{number}'}{suffix}")
+                number += 1
+            taken.add(str(found[file]).casefold())
     overwritten = {x.resolve() for x in found} & {x.resolve() for x in found.values()}
     if overwritten:
         raise InputError(f"{min(overwritten)} would be overwritten. Name another folder with --output.")
@@ -367,46 +365,48 @@ def find_files(inputs: Sequence[Path], output: Path) -> dict[Path, Path]:
 
 
 def process(detector: Detector, file: Path, target: Path, score_threshold: float) -> Iterator[dict]:
-    """Draw a picture or video, and give the entry of each picture or frame in detections.json."""
+    """Draw a picture or a video, and give the entry of each picture or frame in detections.json."""
     if target.suffix == ".png":
-        drawing, entry = detect_and_draw(detector, read_image(file), score_threshold, LONG_SIDE)
+        image = read_image(file)
+        found = detector(image, score_threshold)
+        drawing = draw(image, found, detector.class_names, LONG_SIDE)
         target.write_bytes(cv2.imencode(".png", drawing)[1])
-        yield {"file_name": str(file), **entry}
+        yield {"file_name": str(file), **describe(image, found, detector.class_names)}
         return
     video, writer, number = cv2.VideoCapture(str(file)), None, 0
     rate = video.get(cv2.CAP_PROP_FPS)
-    while (frame := video.read()[1]) is not None:
-        drawing, entry = detect_and_draw(detector, frame, score_threshold, 0)
-        rows, columns = drawing.shape[:2]
-        drawing = cv2.copyMakeBorder(drawing, 0, rows % 2, 0, columns % 2, cv2.BORDER_REPLICATE)  # encoders need it
+    while (image := video.read()[1]) is not None:
+        found = detector(image, score_threshold)
+        drawing = draw(image, found, detector.class_names)
         if writer is None:
-            size = drawing.shape[1::-1]
-            fourcc = cv2.VideoWriter_fourcc(*"mp4v")
-            writer = cv2.VideoWriter(str(target), fourcc, rate if 0 < rate <= 1000 else 25.0, size)
-        writer.write(drawing if drawing.shape[1::-1] == size else cv2.resize(drawing, size))
-        yield {"file_name": str(file), "frame": number, **entry}
+            width, height = size = [x + x % 2 for x in drawing.shape[1::-1]]  # encoders take even sizes only
+            codec = cv2.VideoWriter_fourcc(*"mp4v")
+            writer = cv2.VideoWriter(str(target), codec, rate if 0 < rate <= 1000 else 25.0, size)
+        if 0 <= height - drawing.shape[0] <= 1 and 0 <= width - drawing.shape[1] <= 1:
+            missing = height - drawing.shape[0], width - drawing.shape[1]
+            drawing = cv2.copyMakeBorder(drawing, 0, missing[0], 0, missing[1], cv2.BORDER_REPLICATE)
+        else:  # a stream whose size changes
+            drawing = cv2.resize(drawing, size, interpolation=cv2.INTER_AREA)
+        writer.write(drawing)
+        yield {"file_name": str(file), "frame": number, **describe(image, found, detector.class_names)}
         number += 1
     if writer is None:
         raise InputError(f"{file} is not a video that can be read. Convert it to mp4.")
     writer.release()
 
 
-def detect_and_draw(
-    detector: Detector, image: np.ndarray, score_threshold: float, long_side: int
-) -> tuple[np.ndarray, dict]:
-    """A picture -> its drawing, and what detections.json says of it."""
-    found = detector(image, score_threshold)
-    bboxes = np.concatenate((found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]), axis=1).tolist()
+def describe(image: np.ndarray, found: dict[str, np.ndarray], class_names: Sequence[str]) -> dict:
+    """What detections.json says of a picture, but for its file."""
+    bboxes = np.concatenate((found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]), axis=1)
     detections = []
-    for i, (c, bbox, score) in enumerate(zip(found["classes"].tolist(), bboxes, found["scores"].tolist())):
-        name = _name(c, detector.class_names)
+    for c, bbox, score in zip(found["classes"].tolist(), bboxes.tolist(), found["scores"].tolist()):
+        name = _name(c, class_names)
         detections.append({"category_name": name, "category_id": c, "bbox": bbox, "score": score})
-        if "masks" in found:
-            detections[-1]["segmentation"] = encode_mask(found["masks"][i])
-        if "mask_scores" in found:
-            detections[-1]["mask_score"] = float(found["mask_scores"][i])
-    entry = {"height": image.shape[0], "width": image.shape[1], "detections": detections}
-    return draw(image, found, detector.class_names, long_side), entry
+    for detection, mask in zip(detections, found.get("masks", ())):
+        detection["segmentation"] = encode_mask(mask)
+    for detection, score in zip(detections, found.get("mask_scores", ())):
+        detection["mask_score"] = float(score)
+    return {"height": image.shape[0], "width": image.shape[1], "detections": detections}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -429,7 +429,9 @@ def run(args: argparse.Namespace) -> None:
         finally:  # Ctrl-C too: what is done is written
             (args.output / "detections.json").write_text(json.dumps(entries, indent=1) + "\n")
     except OSError as error:
-        raise InputError(f"{error.filename} cannot be written ({error.strerror}). Name another --output.") from error
+        raise InputError(
+            f"{error.filename or args.output} cannot be written ({error.strerror}). Name another --output."
+        ) from error
     num_found = sum(len(x["detections"]) for x in entries)
     print(f"{num_done} of {len(files)} files done, {num_found} detections: {args.output / 'detections.json'}")
     if failures:
