@@ -118,12 +118,14 @@ def pictures(tmp_path_factory):
         exif[0x0112] = orientation
         picture.save(folder / f"exif{orientation}.jpg", exif=exif)
     picture.save(folder / "exif1.png")  # its drawing has the name of another's
+    picture.save(folder / "EXIF2.png")  # likewise, where systems take no notice of case
     picture.convert("CMYK").save(folder / "cmyk.jpg")
     picture.convert("L").save(folder / "grey.png")
     picture.resize((900, 40)).save(folder / "wide.webp")
     picture.quantize(16).save(folder / "palette.png", transparency=3)
     Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 13).save(folder / "deep.tif")
     Image.fromarray(np.asarray(picture.convert("L")).astype(np.float32) / 255).save(folder / "float.tif")
+    Image.fromarray(np.asarray(picture.convert("L")).astype(np.float32) * 1000).save(folder / "bright.tif")
     picture.save(folder / "inner" / "no_suffix", format="png")
     picture.save(folder / "inner" / ".hidden" / "x.png")
     (folder / "notes.txt").write_text("no picture")
@@ -179,14 +181,14 @@ def test_writes_what_the_other_demo_writes(exported, models, of_other_demo, tmp_
     exported.main([str(models / model), *arguments, f"--output={tmp_path}"])
     expected = {x.relative_to(expected_folder): x for x in expected_folder.rglob("*.*")}
     found = {x.relative_to(tmp_path): x for x in tmp_path.rglob("*.*")}
-    assert expected.keys() == found.keys() and len(found) == 19
+    assert expected.keys() == found.keys() and len(found) == 21
     for name in found:
         if name.suffix == ".mp4":
             assert np.array_equal(frames_of(found[name]), frames_of(expected[name]))
         else:
             assert found[name].read_bytes() == expected[name].read_bytes(), name
     entries = json.loads((tmp_path / "detections.json").read_text())
-    assert sum(len(x["detections"]) for x in entries) > 100 and len(entries) == 17 + 3
+    assert sum(len(x["detections"]) for x in entries) > 100 and len(entries) == 19 + 3
 
 
 def frames_of(video: Path) -> list[np.ndarray]:
@@ -212,7 +214,10 @@ def test_what_the_model_is_given(exported, models):
 
 
 def test_grey_and_unresized(exported, tmp_path):
-    write_model(tmp_path / "model.onnx", random_outputs(), channels=1, min_size="0")
+    outputs = random_outputs()
+    kept = outputs["scores"] > 0
+    outputs["scores"][np.flatnonzero(kept)[-1]] = 0  # left out though its box has an area
+    write_model(tmp_path / "model.onnx", outputs, channels=1, min_size="0")
     detector = exported.Detector(tmp_path / "model.onnx")
     given = []
     run = detector._run
@@ -221,6 +226,8 @@ def test_grey_and_unresized(exported, tmp_path):
     found = detector(image)
     assert np.array_equal(given[0]["images"][0, :, :, 0], np.asarray(Image.fromarray(image[:, :, ::-1]).convert("L")))
     assert set(found) == {"boxes", "scores", "classes"} and found["boxes"].max() == 50
+    inside = kept & (outputs["boxes"][:, :2] < (50, 37)).all(1)
+    assert len(found["scores"]) == inside.sum() - inside[np.flatnonzero(kept)[-1]]
 
 
 def test_font():
@@ -295,7 +302,7 @@ def test_nothing_found(exported):
 
 def test_reads_pictures_as_the_package_does(exported, pictures):
     files = [x for x in pictures.iterdir() if x.suffix in (".jpg", ".png", ".tif", ".webp")]
-    assert len(files) == 16
+    assert len(files) == 18
     for file in files:
         found, expected = exported.read_image(file), codetr_d2.data.read_image(file, "BGR")
         assert found.dtype == np.uint8 and np.array_equal(found, expected), file
