@@ -101,7 +101,7 @@ class TwoStageQueryHead(QueryHead):
 
     def matching_queries(self, boxes: Tensor) -> QueryGroup:
         """Mixed query selection: the boxes [B, Q, 4] of the best proposals, learned content, and no position."""
-        content = self.query_content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1)
+        content = self.query_content.weight[: boxes.shape[1]].expand(boxes.shape[0], -1, -1)
         return QueryGroup(name="", content=content, reference_boxes=boxes)
 
     def encoder_output(self, proposals: EncoderProposals, index: Tensor) -> tuple[DecoderOutput, Tensor]:
