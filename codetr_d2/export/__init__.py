@@ -1,0 +1,1 @@
+"""The detector in formats that run without this package."""
