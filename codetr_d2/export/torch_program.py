@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from detectron2.modeling import SwinTransformer
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -165,7 +166,8 @@ def program_sizes(model: CoDETR, size: tuple[int, int] | None = None) -> dict[st
     """
     multiple_of = model.size_divisibility
     # A level of one cell would be another program: torch treats a size of 1 as a case of its own.
-    smallest = -(-(model.strides[-1] + 1) // multiple_of) * multiple_of
+    coarsest = max(model.strides[-1], 32)  # backbones go down to 32, whatever is read of them
+    smallest = -(-(coarsest + 1) // multiple_of) * multiple_of
     side = model.canvas_size or model.backbone.padding_constraints.get("square_size", 0)
     if side and size not in (None, (side, side)):
         raise InputError(f"size {size[0]} x {size[1]}: this model takes {side} x {side} alone; leave the size out")
@@ -180,7 +182,8 @@ def export_program(model: CoDETR, input_format: str, size: tuple[int, int] | Non
     """The detector as a program of :class:`Detector`, in float32, for the kind of device that the model is on.
 
     Batch size, height and width are free, within :func:`program_sizes`. A model with a canvas, or with a backbone that
-    wants squares, has that size alone. Soft-NMS and masks are not in the program.
+    wants squares, has that size alone. With Swin, a program takes one picture at a time, of the one ``size``. Soft-NMS
+    and masks are not in the program.
 
     Args:
         model: the detector, in evaluation mode.
@@ -188,7 +191,8 @@ def export_program(model: CoDETR, input_format: str, size: tuple[int, int] | Non
         size: (height, width) in pixels of all pictures that the program will take, padding included; None for any.
 
     Raises:
-        InputError: detections of an auxiliary head are asked for, the model is compiled, or ``size`` does not suit it.
+        InputError: detections of an auxiliary head are asked for, the model is compiled, ``size`` does not suit it, or
+            it needs one: its backbone makes Python's numbers of the sizes of its features, as Swin does.
     """
     if model.eval_head != "detr":
         raise InputError(
@@ -197,19 +201,34 @@ def export_program(model: CoDETR, input_format: str, size: tuple[int, int] | Non
     if model.is_compiled:
         raise InputError("MODEL.CODETR.COMPILE is True: a program is made of the model itself; set it to False")
     size, unit, smallest = program_sizes(model, size).values()
+    needs_size = InputError(
+        f"{type(model.backbone).__name__} can't be exported for pictures of any size: give the one (height, width) to "
+        "which all are padded, --size HEIGHT WIDTH"
+    )
+    # Detectron2's Swin makes Python's numbers of its sizes, and of the batch's.
+    all_fixed = any(isinstance(x, SwinTransformer) for x in model.backbone.modules())
+    if all_fixed and size is None:
+        raise needs_size
+    batch_size = 1 if all_fixed else 3
     batch = Dim("batch", min=1, max=1024)
-    free = {0: batch}
+    free = {} if all_fixed else {0: batch}
+    free_sizes = dict(free)
     # Free sizes are tried out on some that differ: torch takes equal ones for one and the same.
     height, width = size or [-(-(times * smallest) // unit) * unit for times in (4, 5)]
     if size is None:
         for dim, name in ((2, "height"), (3, "width")):
             units = Dim(f"{name}_units" if unit > 1 else name, min=smallest // unit, max=16384 // unit)
             free[dim] = unit * units if unit > 1 else units
-    images = torch.zeros(3, 3, height, width, dtype=torch.uint8, device=model.device)
-    image_sizes = torch.tensor([[height, width]] * 3, device=model.device)
+    images = torch.zeros(batch_size, 3, height, width, dtype=torch.uint8, device=model.device)
+    image_sizes = torch.tensor([[height, width]] * batch_size, device=model.device)
     with torch.no_grad():
         detector = Detector(model, input_format).eval()
-        return torch.export.export(detector, (images, image_sizes), dynamic_shapes=(free, {0: batch}), strict=False)
+        try:
+            return torch.export.export(detector, (images, image_sizes), dynamic_shapes=(free, free_sizes), strict=False)
+        except torch._dynamo.exc.UserError as error:  # a size that must stay free is one number to the backbone
+            if size is None:
+                raise needs_size from error
+            raise
 
 
 def save_program(program: ExportedProgram, path: str | Path, metadata: dict) -> None:

@@ -33,6 +33,8 @@ RESNET = ["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH",
 RESNET += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"]]
 LEVELS = ["MODEL.CODETR.IN_FEATURES", ["res4", "res5"], "MODEL.CODETR.NUM_FEATURE_LEVELS", 2]
 SMALLEST = [*LAYERS, *RESNET, *LEVELS]
+SWIN = ["MODEL.BACKBONE.NAME", "build_swin_backbone", "MODEL.SWIN.EMBED_DIM", 12, "MODEL.SWIN.DEPTHS", [2, 1, 1, 1]]
+SWIN += ["MODEL.SWIN.NUM_HEADS", [1, 2, 2, 2], "MODEL.CODETR.IN_FEATURES", ["p1", "p2", "p3"]]
 # Sizes of the padded batch, and of its pictures.
 BATCHES = [
     ((97, 131), [(97, 131), (90, 100), (70, 131)]),
@@ -125,6 +127,8 @@ def test_sizes_and_refusals(monkeypatch, tmp_path):
     model.eval_head = "atss"
     with pytest.raises(InputError, match="EVAL_HEAD"):
         export_program(model, "BGR")
+    with pytest.raises(InputError, match="--size"):
+        export_program(build(*SWIN, *LAYERS, aux_heads=()).eval(), "BGR")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match="no no-such-compiler"):
         compile_program(None, tmp_path / "x.pt2", {})
@@ -204,12 +208,23 @@ def test_compiled_ahead_of_time(exported, tmp_path):
 @needs_cpp
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "query_head, size", [("CoDINOHead", None), ("ConditionalDETRHead", None), ("CoDINOHead", (320, 352))]
+    "options, size",
+    [
+        (["MODEL.CODETR.QUERY_HEAD", "CoDINOHead"], None),
+        (["MODEL.CODETR.QUERY_HEAD", "ConditionalDETRHead"], None),
+        (["MODEL.CODETR.SIZE_DIVISIBILITY", 32], None),
+        (SWIN, (320, 352)),
+    ],
+    ids=["co-dino", "conditional", "multiples", "swin"],
 )
-def test_program_of_a_quick_start(query_head, size):
-    """EfficientNet pads as TensorFlow does. One size alone, too."""
-    model = build("MODEL.CODETR.QUERY_HEAD", query_head, *LAYERS, aux_heads=()).eval()
+def test_programs_of_other_models(options, size):
+    """But for the last, with EfficientNet, which pads as TensorFlow does."""
+    model = build(*options, *LAYERS, aux_heads=()).eval()
     program = export_program(model, "RGB", size).module()
-    for batch_size, sizes in BATCHES:
-        images, image_sizes = random_batch(size or batch_size, [size, *sizes] if size else sizes)
+    for (height, width), sizes in BATCHES:
+        unit = model.size_divisibility
+        padded = (-(-height // unit) * unit, -(-width // unit) * unit)
+        if "build_swin_backbone" in options:  # one picture of one size
+            padded, sizes = size, [size]
+        images, image_sizes = random_batch(padded, sizes)
         assert_same(program(images, image_sizes), detections(model, images, image_sizes, "RGB"))

@@ -10,8 +10,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <string_view>
-
 namespace {
 
 using at::Tensor;
@@ -53,7 +51,7 @@ Tensor by_grid_sample(const Tensor& value, at::IntArrayRef shapes, const Tensor&
 
 Tensor ms_deform_attn(
     const Tensor& value, at::IntArrayRef shapes, const Tensor& locations, const Tensor& weights,
-    std::string_view backend) {
+    c10::string_view backend) {
   const auto dtype = value.scalar_type();
   const bool known = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16;
   const bool on_kernels = backend == "cpp" || (backend == "auto" && value.is_cpu() && known);
