@@ -1,4 +1,5 @@
-"""Models without PyTorch: ONNX and OpenVINO files, compared with what they were made of.
+"""Models in files that run without this package: ONNX, OpenVINO, torch programs.
 
-``detector.py`` runs such files in the place of a model. All else here needs the packages of the extra ``export``.
+``detector.py`` runs ONNX and OpenVINO files in the place of a model; what writes these needs the packages of the extra
+``export``.
 """

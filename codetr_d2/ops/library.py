@@ -24,8 +24,7 @@ def _load() -> str:
         torch.ops.load_library(libraries[0])
     except OSError as error:  # built against another PyTorch, or for another machine
         return f"its C++ library can't be loaded ({error})"
-    operator = getattr(torch.ops.codetr_d2, "_ms_deform_attn_cpp", None)
-    if operator is None or "int[] spatial_shapes" not in str(operator.default._schema):
+    if not hasattr(torch.ops.codetr_d2, "ms_deform_attn"):
         return "its C++ library was built from older sources"
     return ""
 

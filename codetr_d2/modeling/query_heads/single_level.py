@@ -48,7 +48,7 @@ class SingleLevelQueryHead(QueryHead):
 
     def queries_and_proposals(self, memory: FeaturePyramid) -> tuple[QueryGroup, DecoderOutput | None]:
         """See the base class; there are no proposals."""
-        return self.matching_queries(len(memory.tokens)), None
+        return self.matching_queries(memory.tokens.shape[0]), None
 
     def matching_queries(self, batch_size: int) -> QueryGroup:
         """The matching queries, the same for every image."""

@@ -118,7 +118,10 @@ _ARGUMENTS = (
 )
 
 
-@torch.library.custom_op("codetr_d2::ms_deform_attn", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+_OPERATOR = "codetr_d2::ms_deform_attn"
+
+
+@torch.compiler.disable  # as torch.library.custom_op does: a kernel is called, not traced
 def _ms_deform_attn(
     value: Tensor,
     spatial_shapes: Sequence[int],
@@ -131,6 +134,13 @@ def _ms_deform_attn(
     if name == "cpp":
         return torch.ops.codetr_d2._ms_deform_attn_cpp(*inputs)
     return _triton_kernels().ms_deform_attn_triton(*inputs) if name == "triton" else ms_deform_attn_eager(*inputs)
+
+
+if library_is_loaded():  # it defines the operator, for programs without Python; its own kernel comes after these
+    torch.library.impl(_OPERATOR, ("cpu", "cuda"), _ms_deform_attn)
+else:
+    torch.library.define(_OPERATOR, f"({_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(_OPERATOR, "default", _ms_deform_attn)
 
 
 @torch.library.custom_op(
@@ -156,7 +166,7 @@ def _ms_deform_attn_backward(
     return ms_deform_attn_eager_backward(*inputs)
 
 
-@_ms_deform_attn.register_fake
+@torch.library.register_fake(_OPERATOR)
 def _(value, spatial_shapes, sampling_locations, attention_weights, backend="auto"):
     batch, _, num_heads, head_dim = value.shape
     return value.new_empty((batch, sampling_locations.shape[1], num_heads * head_dim))
@@ -180,7 +190,7 @@ def _backward(ctx, grad_output):
     return grad_value, None, grad_locations, grad_weights, None
 
 
-_ms_deform_attn.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(_OPERATOR, _backward, setup_context=_setup_context)
 
 
 def ms_deform_attn(

@@ -1,0 +1,259 @@
+"""The detector as one program of torch.export, a ``.pt2`` file, and compiled ahead of time by AOTInductor.
+
+Either is a function (pictures, their sizes) -> (boxes, scores, classes) that runs without this package's Python. It
+calls the operators of the package's compiled library, which ``torch.ops.load_library`` loads.
+"""
+
+import copy
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from detectron2.modeling import SwinTransformer
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torchvision.ops import box_convert
+
+from ..errors import InputError, named_disk_problems
+from ..modeling.meta_arch import CoDETR, map_layout
+from ..modeling.pyramid import FeaturePyramid, Geometry
+
+__all__ = ["METADATA", "Detector", "compile_program", "export_program", "program_sizes", "save_program"]
+
+METADATA = "codetr_d2.json"  # the name of what a program says of itself, inside its file
+
+
+class MaskedGeometry(Geometry):
+    """A geometry that never asks whether images are padded: their sizes are known only when a program runs."""
+
+    is_padded = True
+
+
+class Detector(nn.Module):
+    """What a program computes: normalisation, padding masks, the detector, and the best pairs of query and class.
+
+    Args:
+        model: the detector, whose backbone is copied where it must be written otherwise for export.
+        input_format: the order of colours that it was trained with, ``INPUT.FORMAT``: "BGR" or "RGB".
+    """
+
+    def __init__(self, model: CoDETR, input_format: str):
+        super().__init__()
+        self.backbone = with_simple_sizes(model.backbone)
+        self.neck = model.neck
+        self.query_head = model.query_head
+        self.in_features = model.in_features
+        self.strides = model.strides
+        self.on_canvas = model.canvas_size > 0
+        self.padding_value = model.canvas_value
+        self.flip_colours = input_format == "BGR"
+        self.register_buffer("pixel_mean", model.pixel_mean)
+        self.register_buffer("pixel_std", model.pixel_std)
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            images: [B, 3, H, W] uint8 or float32, RGB, 0 to 255: each picture at the top left. What is in its padding
+                does not matter.
+            image_sizes: [B, 2] int64, (height, width) of each picture in pixels.
+
+        Returns:
+            [B, N, 4] boxes (xyxy in pixels of ``images``, clipped to the picture), [B, N] scores and [B, N] int64
+            classes of the N best pairs of query and class, by falling score. A box that lies outside of its picture
+            has no area left.
+        """
+        height, width = images.shape[2:]
+        rows = torch.arange(height, device=images.device) >= image_sizes[:, :1]  # [B, H], True in the padding
+        columns = torch.arange(width, device=images.device) >= image_sizes[:, 1:]  # [B, W]
+        padding = (rows[:, :, None] | columns[:, None]).unsqueeze(1)
+        limits = image_sizes.flip(1).repeat(1, 2).float().unsqueeze(1)  # [B, 1, 4] (w, h, w, h)
+        pixels = images.flip(1).float() if self.flip_colours else images.float()
+        if self.on_canvas:  # which counts as image throughout
+            pixels = (pixels.masked_fill(padding, self.padding_value) - self.pixel_mean) / self.pixel_std
+            rows, columns = torch.zeros_like(rows), torch.zeros_like(columns)
+            scale = torch.cat([limits.new_full((1,), size) for size in (width, height)]).repeat(2)
+        else:
+            pixels = ((pixels - self.pixel_mean) / self.pixel_std).masked_fill(padding, 0.0)
+            scale = limits
+
+        output = self.query_head.predict(self.query_head.encode(self.pyramid(pixels, rows, columns)))
+        logits, boxes = output.logits[-1], output.boxes[-1]
+        num_classes = logits.shape[2]
+        num_kept = min(self.query_head.max_detections, logits.shape[1] * num_classes)
+        scores, index = logits.sigmoid().flatten(1).topk(num_kept, dim=1)
+        queries = (index // num_classes).unsqueeze(-1).expand(-1, -1, 4)
+        boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, queries) * scale
+        return torch.minimum(boxes.clamp(min=0), limits), scores, index % num_classes
+
+    def pyramid(self, images: Tensor, rows: Tensor, columns: Tensor) -> FeaturePyramid:
+        """Normalised images and the padding of their rows [B, H] and columns [B, W] -> the neck's levels."""
+        features = self.backbone(images.contiguous(memory_format=map_layout(images.device)))
+        levels = [features[name] for name in self.in_features]
+        if self.neck is not None:
+            levels = self.neck(levels)
+        shapes = [tuple(x.shape[2:]) for x in levels]
+        geometry = MaskedGeometry(
+            shapes=shapes,
+            strides=self.strides,
+            image_sizes=[],  # this and the next two are for training and for anchors
+            batch_shape=tuple(images.shape[2:]),
+            padded_sizes=[],
+            row_padding=[resize_mask(rows, height) for height, _ in shapes],
+            column_padding=[resize_mask(columns, width) for _, width in shapes],
+        )
+        return FeaturePyramid(torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1), geometry)
+
+
+def resize_mask(mask: Tensor, size: int) -> Tensor:
+    """[B, N] bool -> [B, size] bool, nearest, as :class:`Geometry` does."""
+    return F.interpolate(mask.unsqueeze(1).float(), size=size).squeeze(1) > 0.5
+
+
+class SameConv(nn.Module):
+    """What timm's ``Conv2dSame`` computes, with sizes that torch's symbolic arithmetic keeps simple.
+
+    It pads as TensorFlow does, so that ceil(size / stride) cells come out; how much on which side depends on the size.
+    Here a fixed padding is added, and the cells are picked that the convolution would read.
+    """
+
+    def __init__(self, conv: Conv2dSame):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        for dim in (2, 3):
+            kernel, stride = conv.dilation[dim - 2] * (conv.kernel_size[dim - 2] - 1) + 1, conv.stride[dim - 2]
+            size, most = x.shape[dim], kernel // 2
+            before = torch.sym_max(kernel - 1 - (size - 1) % stride, 0) // 2
+            cells = torch.arange((size - 1) // stride * stride + kernel, device=x.device) + (most - before)
+            sides = (0, 0) * (3 - dim) + (most, kernel)
+            x = F.pad(x, sides).index_select(dim, cells)
+        return F.conv2d(x, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+
+
+def with_simple_sizes(backbone: nn.Module) -> nn.Module:
+    """The backbone, or a copy of it with the same weights and each ``Conv2dSame`` written as :class:`SameConv`."""
+    if not any(isinstance(x, Conv2dSame) for x in backbone.modules()):
+        return backbone
+    weights = {id(x): x for x in (*backbone.parameters(), *backbone.buffers())}
+    backbone = copy.deepcopy(backbone, weights)
+    for parent in list(backbone.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Conv2dSame):
+                setattr(parent, name, SameConv(child))
+    return backbone
+
+
+def program_sizes(model: CoDETR, size: tuple[int, int] | None = None) -> dict[str, int | tuple[int, int] | None]:
+    """Which sizes of the padded pictures, in pixels, a program of the model takes.
+
+    Args:
+        model: the detector.
+        size: see :func:`export_program`.
+
+    Returns:
+        ``size``, (height, width), None where they are free; then they are multiples of ``multiple_of`` and at least
+        ``smallest``.
+
+    Raises:
+        InputError: ``size`` does not suit the model.
+    """
+    multiple_of = model.size_divisibility
+    # A level of one cell would be another program: torch treats a size of 1 as a case of its own.
+    coarsest = max(model.strides[-1], 32)  # backbones go down to 32, whatever is read of them
+    smallest = -(-(coarsest + 1) // multiple_of) * multiple_of
+    side = model.canvas_size or model.backbone.padding_constraints.get("square_size", 0)
+    if side and size not in (None, (side, side)):
+        raise InputError(f"size {size[0]} x {size[1]}: this model takes {side} x {side} alone; leave the size out")
+    if size and (any(x % multiple_of for x in size) or min(size) < smallest):
+        raise InputError(
+            f"size {size[0]} x {size[1]}: height and width must be multiples of {multiple_of} and at least {smallest}"
+        )
+    return {"size": (side, side) if side else size, "multiple_of": multiple_of, "smallest": smallest}
+
+
+def export_program(model: CoDETR, input_format: str, size: tuple[int, int] | None = None) -> ExportedProgram:
+    """The detector as a program of :class:`Detector`, in float32, for the kind of device that the model is on.
+
+    Batch size, height and width are free, within :func:`program_sizes`. A model with a canvas, or with a backbone that
+    wants squares, has that size alone. With Swin, a program takes one picture at a time, of the one ``size``. Soft-NMS
+    and masks are not in the program.
+
+    Args:
+        model: the detector, in evaluation mode.
+        input_format: see :class:`Detector`.
+        size: (height, width) in pixels of all pictures that the program will take, padding included; None for any.
+
+    Raises:
+        InputError: detections of an auxiliary head are asked for, the model is compiled, ``size`` does not suit it, or
+            it needs one: its backbone makes Python's numbers of the sizes of its features, as Swin does.
+    """
+    if model.eval_head != "detr":
+        raise InputError(
+            f'MODEL.CODETR.EVAL_HEAD is "{model.eval_head}": a torch program holds the detector alone; set it to "detr"'
+        )
+    if model.is_compiled:
+        raise InputError("MODEL.CODETR.COMPILE is True: a program is made of the model itself; set it to False")
+    size, unit, smallest = program_sizes(model, size).values()
+    needs_size = InputError(
+        f"{type(model.backbone).__name__} can't be exported for pictures of any size: give the one (height, width) to "
+        "which all are padded, --size HEIGHT WIDTH"
+    )
+    # Detectron2's Swin makes Python's numbers of its sizes, and of the batch's.
+    all_fixed = any(isinstance(x, SwinTransformer) for x in model.backbone.modules())
+    if all_fixed and size is None:
+        raise needs_size
+    batch_size = 1 if all_fixed else 3
+    batch = Dim("batch", min=1, max=1024)
+    free = {} if all_fixed else {0: batch}
+    free_sizes = dict(free)
+    # Free sizes are tried out on some that differ: torch takes equal ones for one and the same.
+    height, width = size or [-(-(times * smallest) // unit) * unit for times in (4, 5)]
+    if size is None:
+        for dim, name in ((2, "height"), (3, "width")):
+            units = Dim(f"{name}_units" if unit > 1 else name, min=smallest // unit, max=16384 // unit)
+            free[dim] = unit * units if unit > 1 else units
+    images = torch.zeros(batch_size, 3, height, width, dtype=torch.uint8, device=model.device)
+    image_sizes = torch.tensor([[height, width]] * batch_size, device=model.device)
+    with torch.no_grad():
+        detector = Detector(model, input_format).eval()
+        try:
+            return torch.export.export(detector, (images, image_sizes), dynamic_shapes=(free, free_sizes), strict=False)
+        except torch._dynamo.exc.UserError as error:  # a size that must stay free is one number to the backbone
+            if size is None:
+                raise needs_size from error
+            raise
+
+
+def save_program(program: ExportedProgram, path: str | Path, metadata: dict) -> None:
+    """Write a program as ``.pt2``, for :func:`torch.export.load`, with ``metadata`` as JSON in the file METADATA."""
+    with named_disk_problems(str(path)):
+        torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
+
+
+def compile_program(program: ExportedProgram, path: str | Path, metadata: dict) -> None:
+    """Compile a program for this kind of machine, for :func:`torch._inductor.aoti_load_package`; it takes minutes.
+
+    Args:
+        program: of :func:`export_program`.
+        path: the ``.pt2`` to write.
+        metadata: kept as JSON under the name METADATA, which ``get_metadata`` of the loaded package gives.
+
+    Raises:
+        InputError: there is no C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise InputError(
+            f"--compile needs a C++ compiler, and there is no {compiler}: install one (on Debian the package g++) or "
+            "name it in the environment variable CXX, or leave --compile out"
+        )
+    options = {"aot_inductor.metadata": {METADATA: json.dumps(metadata)}}
+    with named_disk_problems(str(path)):
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
