@@ -5,8 +5,8 @@
     python train_net.py --config-file datasets/mine/config.yaml
 
 SOURCE is an unpacked folder, or an annotation file: COCO json, YOLO with data.yaml or classes.txt, Pascal VOC, LabelMe,
-CVAT for images 1.1, Label Studio JSON, as these tools, Roboflow and others write them. A split that the export has is
-kept; otherwise some pictures are chosen for validation. docs/your_data.md has an example of each, and the rules.
+CVAT for images 1.1, Label Studio JSON, CSV, as these tools, Roboflow and others write them. A split that the export has
+is kept; otherwise some pictures are chosen for validation. docs/your_data.md has an example of each, and the rules.
 """
 
 import argparse
