@@ -447,7 +447,11 @@ function overlay(picture, r, withLabels) {
     objects.forEach((o, i) => {
       if (!inClass(o)) return;
       const group = draw("g", { "data-item": `o${i}`, "data-truth": o.isMissed ? "missed" : o.isFound ? "found" : "lost" });
-      if (withMasks && o.mask && !$("show-found").checked) group.append(mask(o, "var(--truth)"));
+      if (withMasks && o.mask) {
+        const path = mask(o, o.isMissed ? colourOf("missed") : "var(--truth)");
+        path.classList.toggle("dashed", $("show-found").checked); // an outline, that the predictions' areas are seen
+        group.append(path);
+      }
       group.append(rect(o, "edge"), rect(o, "truth", o.isMissed ? colourOf("missed") : null));
       svg.append(group);
       if (withLabels && (!$("show-found").checked || !o.isFound)) label(o, classes[o.class] + (o.crowd ? " (crowd)" : o.isMissed ? " missed" : ""), true);

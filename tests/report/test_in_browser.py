@@ -137,7 +137,13 @@ def test_masks_and_class(report, open_page, data):
     page.get_by_label("Class", exact=True).select_option("dog")
     assert error_numbers(page) == counted(data, least, "segm", 1)
     assert page.locator("#class-table tr.chosen th").inner_text() == "dog"
-    assert page.locator(".card .mask").count() > 0
+    # Of each object there is the outline, of each detection the area; where there are no detections, both are areas.
+    objects = page.locator(".card [data-truth]").count()
+    assert page.locator(".card [data-truth] .mask.dashed").count() == objects > 0
+    assert page.locator(".card [data-kind] .mask:not(.dashed)").count() == page.locator(".card [data-kind]").count() > 0
+    page.get_by_label("predictions").uncheck()
+    assert page.locator(".card .mask").count() == objects and page.locator(".card .mask.dashed").count() == 0
+    page.get_by_label("predictions").check()
     page.get_by_label("masks", exact=True).uncheck()
     assert page.locator(".card .mask").count() == 0
     page.get_by_label("predictions").uncheck()
