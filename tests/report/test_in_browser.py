@@ -1,5 +1,6 @@
 """The page in a real Chromium, by hand's and keyboard's ways."""
 
+import re
 import shutil
 
 import pytest
@@ -150,6 +151,16 @@ def test_masks_and_class(report, open_page, data):
     assert page.locator("[data-kind]").count() == 0 and page.locator("[data-truth]").count() > 0
     page.get_by_label("ground truth").uncheck()
     assert page.locator("[data-truth]").count() == 0
+
+
+def test_long_names_are_told_apart_by_their_ends(report, open_page, tmp_path):
+    name = "2019_YELL_2_541000_4977000_image_crop_0000_025"
+    file = tmp_path / "long.html"
+    file.write_text(re.sub(r'(\d)\.png"', rf'{name}\1.png"', report.read_text()))
+    page = open_page(file)
+    page.get_by_label("Order").select_option("by file name")
+    names = page.locator(".card-text span:first-child").all_inner_texts()
+    assert names == [f"2019_YEL…op_0000_025{i}.png" for i in range(8)]
 
 
 def test_filter_by_kind_of_error(report, open_page, data):
