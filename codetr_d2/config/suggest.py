@@ -70,6 +70,8 @@ class _Recipe:
         num_seen: so many images, counted with repetition, are seen in training where that is within ``epochs``.
         epochs: the fewest and the most epochs.
         memory: GiB of training, of the model and of each image of 800 x 1333 pixels.
+        seconds: of training, of each image and of a megapixel of it.
+        timed_on: what the seconds were measured on.
     """
 
     file: str
@@ -82,10 +84,12 @@ class _Recipe:
     num_seen: int
     epochs: tuple[int, int]
     memory: tuple[float, float]
+    seconds: tuple[float, float]
+    timed_on: str
 
 
 # Memory: measured in float32 with 20 objects; the small model on a CPU, the others on an NVIDIA H200
-# (docs/performance/h200_models.json, h200_train_k.json).
+# (docs/performance/h200_models.json, h200_train_k.json). Seconds likewise; the CPU's are those of quick starts.
 _SMALL = _Recipe(
     file="quick_start/co_deformable_detr_efficientnet_lite0_trees.yaml",
     strides=(8, 16, 32, 64),
@@ -97,8 +101,10 @@ _SMALL = _Recipe(
     num_seen=4_000,
     epochs=(5, 200),
     memory=(0.3, 2.0),
+    seconds=(0.02, 3.5),
+    timed_on="two CPU cores",
 )
-_SMALL_ON_GPU = replace(_SMALL, num_seen=20_000)  # there is more time
+_SMALL_ON_GPU = replace(_SMALL, num_seen=20_000, timed_on="")  # there is more time
 _RESNET = _Recipe(
     file="co_deformable_detr/co_deformable_detr_r50_1x_coco.yaml",
     strides=(8, 16, 32, 64, 128),
@@ -110,6 +116,8 @@ _RESNET = _Recipe(
     num_seen=100_000,
     epochs=(12, 150),
     memory=(0.6, 3.5),
+    seconds=(0.0, 0.103),
+    timed_on="an NVIDIA H200",
 )
 _DINO = _Recipe(
     file="co_dino/co_dino_5scale_r50_1x_coco.yaml",
@@ -122,6 +130,8 @@ _DINO = _Recipe(
     num_seen=100_000,
     epochs=(12, 150),
     memory=(0.8, 3.5),
+    seconds=(0.0, 0.263),
+    timed_on="an NVIDIA H200",
 )
 _RESNET_FROM_GB, _DINO_FROM_GB = 6.0, 20.0
 _USED_SHARE = 0.85  # of a GPU's memory: the rest is CUDA's own and what lies between tensors
@@ -136,11 +146,15 @@ class Suggestion:
         base: the config file that it changes, below ``configs/``.
         options: full key of an option -> its value.
         reasons: why, by the key of an option, where there is more to say than the key does.
+        time: how long training takes, in words; "" where that was not measured.
+        advice: what would make the dataset better for it; "" for nothing.
     """
 
     base: str
     options: dict[str, object] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    time: str = ""
+    advice: str = ""
 
     def set(self, key: str, value: object, reason: str = "") -> None:
         self.options[key] = value
@@ -180,9 +194,15 @@ def _set_image_sizes(found: Suggestion, facts: DatasetFacts, recipe: _Recipe) ->
     enlarged = min(wanted, 2 * typical)  # larger ones hold nothing new
     size = max(_rounded(enlarged), _MULTIPLE)
     if len(facts.box_sizes):
-        reason = (
-            f"nine of ten objects have sides of {small * size:.0f} pixels or more; the pictures' own is {typical:.0f}"
-        )
+        what = f"nine of ten objects have sides of {small * size:.0f} pixels or more"
+        reason = f"{what}; the pictures' own is {typical:.0f}"
+        # Of this size, tiles show them as large as is wanted.
+        tile = int(small * typical * recipe.short_sides[1] / recipe.target_side) // 64 * 64
+        if small * size < 0.8 * recipe.target_side and 128 <= tile < 0.8 * typical:
+            found.advice = (
+                f"{what} at the size that the pictures are trained in, and {small * typical:.0f} at their own. Smaller "
+                f"objects are hard to find: --tile {tile} cuts the pictures into tiles."
+            )
     aspect = min(float(np.percentile(long / short, 90)), 3.0)
     sizes = sorted({max(_rounded(size * x), _MULTIPLE) for x in (0.8, 0.9, 1.0, 1.1, 1.2)})
     long_side = _rounded(sizes[-1] * aspect, math.ceil)
@@ -261,11 +281,24 @@ def _set_schedule(found: Suggestion, num_images: int, machine: Machine, recipe: 
     found.set("SOLVER.REFERENCE_BATCH_SIZE", recipe.batch, "BASE_LR is meant for it; training scales it to the batch")
     epochs = int(np.clip(math.ceil(recipe.num_seen / num_images), *recipe.epochs))
     iterations = math.ceil(epochs * num_images / batch)
-    found.set("SOLVER.MAX_EPOCHS", epochs, f"{iterations} iterations")
+    if recipe.timed_on:
+        each, megapixel = recipe.seconds
+        # The middle one of the sizes has two thirds of the largest one's pixels.
+        seconds = epochs * num_images * (each + megapixel * pixels * 0.7 / 1e6)
+        found.time = f"about {_duration(seconds)} on {recipe.timed_on}"
+    about = f", {found.time}" if found.time else ""
+    found.set("SOLVER.MAX_EPOCHS", epochs, f"{iterations} iterations{about}")
     found.set("SOLVER.STEPS_EPOCHS", [max(round(0.8 * epochs), 1)])
     period = max(iterations // 10, 20)
     found.set("SOLVER.CHECKPOINT_PERIOD", period)
     found.set("TEST.EVAL_PERIOD", period)
+
+
+def _duration(seconds: float) -> str:
+    minutes = max(round(seconds / 60), 1)
+    if minutes < 100:
+        return f"{minutes} minutes" if minutes > 1 else "a minute"
+    return f"{minutes / 60:.1f} hours" if minutes < 48 * 60 else f"{minutes / 60 / 24:.0f} days"
 
 
 def write_config(

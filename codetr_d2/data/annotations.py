@@ -288,7 +288,7 @@ def _fill(dataset: AnnotatedImages, columns: _Columns) -> None:
         columns.originals[i] = clipped[i].tolist()
 
     image_sizes = [(x["height"], x["width"]) if "height" in x and "width" in x else None for x in records]
-    masks = [_read_mask(x, image_sizes[i]) if x else None for x, i in zip(columns.segmentations, columns.owners)]
+    masks = [read_mask(x, image_sizes[i]) if x else None for x, i in zip(columns.segmentations, columns.owners)]
     areas = columns.areas
     for i in np.flatnonzero(np.isnan(areas) & is_usable):
         areas[i] = _mask_area(masks[i]) or float(columns.originals[i][2] * columns.originals[i][3])
@@ -511,7 +511,7 @@ def _read_annotations(path: str, annotations: list, index_of: dict, class_of: di
     )
 
 
-def _read_mask(segmentation, size: tuple[int, int] | None) -> list | dict | None:
+def read_mask(segmentation, size: tuple[int, int] | None) -> list | dict | None:
     """The valid part of what stands for a mask: polygons, or a compressed run-length encoding; None without any."""
     if isinstance(segmentation, list):
         try:
@@ -519,7 +519,7 @@ def _read_mask(segmentation, size: tuple[int, int] | None) -> list | dict | None
                 segmentation = [segmentation]
             polygons = [x for x in segmentation if len(x) >= 6 and len(x) % 2 == 0 and math.isfinite(sum(x))]
         except TypeError:  # something else among the numbers
-            return _read_mask([x for x in segmentation if _is_polygon(x)], size)
+            return read_mask([x for x in segmentation if _is_polygon(x)], size)
         return (segmentation if len(polygons) == len(segmentation) else polygons) or None  # mostly: no list more
     if isinstance(segmentation, dict) and size is not None:
         try:

@@ -54,7 +54,8 @@ def choose_validation(
     """Choose the images of a validation set, so that each class has its share of them there.
 
     The rarest class comes first, and its images go where most of them are missing (iterative stratification, Sechidis
-    et al. 2011). A class in two groups or more gets at least one of them on either side where that is possible.
+    et al. 2011). A class in two groups or more gets at least one of them on either side where that is possible, one in
+    a single group is trained on.
 
     Args:
         classes: of each image, the classes that it has objects of.
@@ -78,7 +79,8 @@ def choose_validation(
             counts[group, labels.index(label)] += 1
     present = counts > 0
     wanted = share * counts.sum(axis=0)
-    wanted[present.sum(axis=0) >= 2] = np.maximum(wanted, 1)[present.sum(axis=0) >= 2]
+    is_twice = present.sum(axis=0) >= 2
+    wanted[is_twice] = np.maximum(wanted, 1)[is_twice]
     missing = np.stack([counts.sum(axis=0) - wanted, wanted])  # [train and val, C + 1]
 
     order = list(range(len(names)))
@@ -94,6 +96,7 @@ def choose_validation(
             if side[group] < 0 and present[group, label]:
                 lack, lack_of_images = missing[:, label] / shares, missing[:, -1] / shares
                 wants_val = (lack[1], lack_of_images[1]) > (lack[0], lack_of_images[0])
+                wants_val &= is_twice[label]  # what is there once is better learnt than only asked for
                 side[group] = wants_val and counts[group, -1] <= max(missing[1, -1], 1)
                 missing[side[group]] -= counts[group]
     largest = 2 * wanted[-1]

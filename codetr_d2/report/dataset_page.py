@@ -113,7 +113,7 @@ def summarize(name: str, export: Export, splits: Sequence[str], problems: Sequen
         _of_octaves("Size of pictures: shorter side, in pixels", sizes.min(axis=1)),
         _of_ratios("Aspect ratio of pictures: width / height", sizes[:, 0] / sizes[:, 1]),
     ]
-    summary.shown = _choose_pictures(images, annotations, index)
+    summary.shown = _choose_pictures(images, annotations, splits, index)
     kinds = Counter(x.kind for x in problems)
     summary.problems = {kind: [x for x in problems if x.kind == kind] for kind, _ in kinds.most_common()}
     return summary
@@ -122,7 +122,8 @@ def summarize(name: str, export: Export, splits: Sequence[str], problems: Sequen
 def _note(values: np.ndarray, unit: str = "") -> str:
     if not len(values):
         return "none"
-    least, middle, most = (f"{x:.3g}{unit}" for x in (values.min(), np.median(values), values.max()))
+    shown = (f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in (values.min(), np.median(values), values.max()))
+    least, middle, most = (x + unit for x in shown)
     return f"from {least} to {most}, median {middle}"
 
 
@@ -156,15 +157,16 @@ def _of_numbers(title: str, values: np.ndarray) -> Histogram:
     return Histogram(title, names[:last], found[:last].tolist(), _note(values))
 
 
-def _choose_pictures(images: list[dict], annotations: list[dict], index: dict) -> list[int]:
-    """Pictures of all classes by turns, evenly spaced among those of a class, some without an object, and others."""
-    of_class = defaultdict(dict)  # a dict for its order
+def _choose_pictures(images: list[dict], annotations: list[dict], splits: Sequence[str], index: dict) -> list[int]:
+    """Pictures of all classes and splits by turns, evenly spaced, some without an object, and others."""
+    groups = defaultdict(dict)  # dicts for their order
     for annotation in annotations:
-        of_class[annotation["category_id"]][index[annotation["image_id"]]] = None
-    empty = sorted(set(range(len(images))) - {i for found in of_class.values() for i in found})
-    each = math.ceil(_MAX_PICTURES / max(len(of_class), 1))
-    lists = [_spaced(list(x), each) for x in of_class.values()] + [_spaced(empty, 4)]
-    turns = [x[turn] for turn in range(each) for x in lists if turn < len(x)]
+        i = index[annotation["image_id"]]
+        groups[annotation["category_id"], splits[i]][i] = None
+    empty = _spaced(sorted(set(range(len(images))) - {i for group in groups.values() for i in group}), 4)
+    each = math.ceil((_MAX_PICTURES - len(empty)) / max(len(groups), 1))
+    lists = [_spaced(list(x), each) for x in groups.values()] + [empty]
+    turns = [x[turn] for turn in range(max(map(len, lists))) for x in lists if turn < len(x)]
     chosen = list(dict.fromkeys(turns))[:_MAX_PICTURES]
     rest = sorted(set(range(len(images))) - set(chosen))
     return chosen + _spaced(rest, _MAX_PICTURES - len(chosen))
@@ -226,6 +228,7 @@ def write_dataset_page(file: Path, summary: DatasetSummary, export: Export, spli
         summary=summary,
         problems=problems,
         pictures=pictures,
+        number=len(images),
         gallery=[images[i]["id"] for i in summary.shown],
         # Far apart, in degrees, for classes that follow each other.
         hues={name: round(137.5 * i) % 360 for i, (name, *_) in enumerate(summary.classes)},

@@ -447,7 +447,11 @@ function overlay(picture, r, withLabels) {
     objects.forEach((o, i) => {
       if (!inClass(o)) return;
       const group = draw("g", { "data-item": `o${i}`, "data-truth": o.isMissed ? "missed" : o.isFound ? "found" : "lost" });
-      if (withMasks && o.mask && !$("show-found").checked) group.append(mask(o, "var(--truth)"));
+      if (withMasks && o.mask) {
+        const path = mask(o, o.isMissed ? colourOf("missed") : "var(--truth)");
+        path.classList.toggle("dashed", $("show-found").checked); // an outline, that the predictions' areas are seen
+        group.append(path);
+      }
       group.append(rect(o, "edge"), rect(o, "truth", o.isMissed ? colourOf("missed") : null));
       svg.append(group);
       if (withLabels && (!$("show-found").checked || !o.isFound)) label(o, classes[o.class] + (o.crowd ? " (crowd)" : o.isMissed ? " missed" : ""), true);
@@ -482,11 +486,13 @@ const fileName = (picture) => picture.file.split("/").at(-1);
 function errorText(errors) {
   return isPair ? errors.map((n) => n).join(" / ") + " errors" : errors[0] ? plural(errors[0], "error") : "no error";
 }
+// Names that begin alike, as those of tiles or frames, differ at the end.
+const inShort = (name) => name.length > 26 ? `${name.slice(0, 8)}…${name.slice(-16)}` : name;
 function drawGallery() {
   const chosen = chosenPictures();
   state.chosen = chosen.map((row) => row.picture);
   const cards = chosen.slice(0, state.cards).map(({ picture, errors }, i) => {
-    const text = make("span", { class: "card-text" }, make("span", { title: picture.file }, fileName(picture)), make("span", {}, errorText(errors)));
+    const text = make("span", { class: "card-text" }, make("span", { title: picture.file }, inShort(fileName(picture))), make("span", {}, errorText(errors)));
     const panes = make("span", { class: "panes" }, ...runs.map((_, r) => pane(picture, r, false, imageOf(picture, r))));
     return make("li", {}, make("button", { type: "button", class: "card", "aria-label": `${fileName(picture)}, ${errorText(errors)}. Enlarge`, on: { click: () => openZoom(i) } }, panes, text));
   });

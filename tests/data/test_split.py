@@ -57,6 +57,12 @@ def test_a_group_of_nearly_all_images_is_trained_on():
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_a_class_in_one_image_is_trained_on(seed):
+    chosen = choose_validation([{0}, {0}, {1, 2}], 0.15, seed)
+    assert sorted(chosen[:2]) == [False, True] and not chosen[2]
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_two_images_are_one_and_one(seed):
     assert sorted(choose_validation([{0}, {0}], 0.01, seed)) == [False, True]
     assert sorted(choose_validation([set(), set()], 0.9, seed)) == [False, True]

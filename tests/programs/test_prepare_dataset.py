@@ -50,6 +50,7 @@ def test_groups_by_folder(prepare, tmp_path):
         (["--format", "voc"], "holds nothing of the format voc"),
         (["--val", "15"], "'15' is no share"),
         (["--memory-gb", "0"], "'0' is no memory"),
+        (["--tile", "16"], "'16' is no side of a tile"),
     ],
 )
 def test_bad_input_is_one_line(options, message, prepare, tmp_path, capsys):
@@ -65,6 +66,23 @@ def test_what_was_left_out_is_said(prepare, tmp_path, capsys):
     (tmp_path / "coco" / "images" / "b.jpg").write_bytes(b"")
     prepare.main([str(tmp_path / "coco"), "--output", str(tmp_path / "mine"), "--device", "cpu"])
     assert "1 x unreadable picture; first: " in capsys.readouterr().out
+
+
+def test_tiles(prepare, tmp_path, capsys):
+    """Pictures are split before they are cut, and what looks wrong in them is told by their names."""
+    yolo_folder(tmp_path / "yolo", 4)
+    exports.write_text(tmp_path / "yolo" / "labels" / "camera0" / "3.txt", "0 0.5 0.5 0.2 0\n0 0.25 0.25 0.1 0.1")
+    prepare.main([str(tmp_path / "yolo"), "--output", str(tmp_path / "mine"), "--device", "cpu", "--tile", "32"])
+    found = {x: json.loads((tmp_path / "mine" / f"{x}.json").read_text()) for x in ("train", "val")}
+    files = {split: [x["file_name"] for x in coco["images"]] for split, coco in found.items()}
+    assert len(files["train"]) == 3 * 3 * 2 and len(files["val"]) == 2 * 2  # of 64 x 48 pixels each
+    origins = {split: {x.split("/")[-1].split("_")[0] for x in names} for split, names in files.items()}
+    assert len(origins["train"]) == 3 and len(origins["val"]) == 1 and not origins["train"] & origins["val"]
+    for split, names in files.items():
+        assert all((tmp_path / "mine" / split / x).is_file() for x in names)
+        assert not any((tmp_path / "mine" / split / x).is_symlink() for x in names)
+    out = capsys.readouterr().out
+    assert "1 x box without area; first: 3.png: " in out and "on two CPU cores)" in out
 
 
 @pytest.mark.slow

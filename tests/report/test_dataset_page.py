@@ -62,6 +62,23 @@ def test_counts(dataset):
     assert summary.histograms[0].note == "from 16 to 32, median 20"
 
 
+def test_both_splits_are_shown(tmp_path):
+    """Of 300 pictures to train on and 20 others, all of one class, and 30 without an object."""
+    images = [{"id": i, "file_name": f"{i}.png", "width": 9, "height": 2000} for i in range(350)]
+    annotations = [{"image_id": i, "category_id": 1, "bbox": [0, 0, 9, 1500], "iscrowd": 0} for i in range(320)]
+    export = Export("CSV", {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "x"}]})
+    splits = ["train"] * 300 + ["val"] * 20 + ["train"] * 30
+    summary = summarize("mine", export, splits, [])
+    shown = [(splits[i], i < 320) for i in summary.shown]
+    assert len(shown) == len(set(summary.shown)) == 60
+    assert shown.count(("val", True)) == 20 and shown.count(("train", False)) >= 4
+    assert max(i for i in summary.shown if i < 300) > 280
+    assert summary.histograms[4].note == "from 9 to 9, median 9" and summary.histograms[0].note.startswith("from 116 ")
+    write_dataset_page(tmp_path / "dataset.html", summary, export, splits)
+    text = (tmp_path / "dataset.html").read_text()
+    assert "A dataset of 1 class, read as CSV" in text and ", chosen from 350" in text
+
+
 def test_nothing_but_pictures(dataset, tmp_path):
     export, splits, _ = dataset
     export.coco["annotations"] = []

@@ -1,5 +1,6 @@
 """The page in a real Chromium, by hand's and keyboard's ways."""
 
+import re
 import shutil
 
 import pytest
@@ -137,13 +138,29 @@ def test_masks_and_class(report, open_page, data):
     page.get_by_label("Class", exact=True).select_option("dog")
     assert error_numbers(page) == counted(data, least, "segm", 1)
     assert page.locator("#class-table tr.chosen th").inner_text() == "dog"
-    assert page.locator(".card .mask").count() > 0
+    # Of each object there is the outline, of each detection the area; where there are no detections, both are areas.
+    objects = page.locator(".card [data-truth]").count()
+    assert page.locator(".card [data-truth] .mask.dashed").count() == objects > 0
+    assert page.locator(".card [data-kind] .mask:not(.dashed)").count() == page.locator(".card [data-kind]").count() > 0
+    page.get_by_label("predictions").uncheck()
+    assert page.locator(".card .mask").count() == objects and page.locator(".card .mask.dashed").count() == 0
+    page.get_by_label("predictions").check()
     page.get_by_label("masks", exact=True).uncheck()
     assert page.locator(".card .mask").count() == 0
     page.get_by_label("predictions").uncheck()
     assert page.locator("[data-kind]").count() == 0 and page.locator("[data-truth]").count() > 0
     page.get_by_label("ground truth").uncheck()
     assert page.locator("[data-truth]").count() == 0
+
+
+def test_long_names_are_told_apart_by_their_ends(report, open_page, tmp_path):
+    name = "2019_YELL_2_541000_4977000_image_crop_0000_025"
+    file = tmp_path / "long.html"
+    file.write_text(re.sub(r'(\d)\.png"', rf'{name}\1.png"', report.read_text()))
+    page = open_page(file)
+    page.get_by_label("Order").select_option("by file name")
+    names = page.locator(".card-text span:first-child").all_inner_texts()
+    assert names == [f"2019_YEL…op_0000_025{i}.png" for i in range(8)]
 
 
 def test_filter_by_kind_of_error(report, open_page, data):

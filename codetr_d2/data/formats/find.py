@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 from ...errors import InputError
 from .coco import read_coco
+from .csv_boxes import CSV_COLUMNS, is_csv_of_boxes, read_csv
 from .cvat import read_cvat
 from .export import Export, PictureFolder, Source
 from .label_studio import read_label_studio
@@ -25,6 +26,7 @@ FORMATS: dict[str, Callable[[Source], Export]] = {
     "labelme": read_labelme,
     "cvat": read_cvat,
     "voc": read_pascal_voc,
+    "csv": read_csv,
 }
 
 
@@ -54,7 +56,8 @@ def read_export(path: Path, images: Path | None = None, format: str = "") -> Exp
         what = f"nothing of the format {format}" if format else "no annotations of a known format"
         raise InputError(
             f"{path} holds {what}. These are read: COCO json, YOLO with data.yaml or classes.txt, Pascal VOC, LabelMe, "
-            "CVAT for images 1.1, Label Studio JSON; of Roboflow and others choose one of these when exporting."
+            f"CVAT for images 1.1, Label Studio JSON, CSV with the columns {CSV_COLUMNS}. Of Roboflow and others choose"
+            " one of these when exporting."
         )
     files = found[names[0]]
     try:
@@ -74,17 +77,18 @@ def _find_files(path: Path, format: str) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     files = [path] if path.is_file() else sorted(x for x in path.rglob("*") if x.is_file())
     files = [x for x in files if not any(part.startswith(".") for part in x.relative_to(path.parent).parts)]
-    wanted = {".yaml": "yolo", ".yml": "yolo", ".json": "", ".xml": ""}
     for file in sorted(files, key=lambda x: (len(x.parts), x)):
         suffix = file.suffix.lower()
         if file.name in ("classes.txt", "obj.names"):
             name = "yolo"
-        elif suffix not in wanted:
-            continue
         elif suffix in (".yaml", ".yml"):
             name = "yolo" if read_yolo_yaml(file) else ""
+        elif suffix == ".json":
+            name = _format_of_json(file)
+        elif suffix == ".xml":
+            name = _format_of_xml(file)
         else:
-            name = _format_of_json(file) if suffix == ".json" else _format_of_xml(file)
+            name = "csv" if suffix == ".csv" and is_csv_of_boxes(file) else ""
         if name:
             found.setdefault(name, []).append(file)
     return found

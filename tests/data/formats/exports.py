@@ -255,6 +255,37 @@ def roboflow_voc(folder: Path) -> None:
             write_text(folder / split / f"{Path(name).stem}.xml", voc_xml(name, ""))
 
 
+def csv_rows(names=tuple(SIZES), with_size: bool = False) -> str:
+    """DeepForest's columns, or with the size of pictures Roboflow's and TensorFlow's."""
+    header = "filename,width,height,class,xmin,ymin,xmax,ymax" if with_size else "image_path,xmin,ymin,xmax,ymax,label"
+    lines = [header]
+    for name in names:
+        for label, (x, y, w, h) in BOXES[name] or [("", (0, 0, 0, 0))]:
+            edges = f"{x},{y},{x + w},{y + h}" if label else ",,,"
+            lines.append(
+                f"{name},{SIZES[name][0]},{SIZES[name][1]},{label},{edges}" if with_size else f"{name},{edges},{label}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def deepforest_csv(folder: Path) -> None:
+    write_pictures(folder)
+    write_text(folder / "boxes.csv", csv_rows())
+
+
+def keras_retinanet_csv(folder: Path) -> None:
+    """Without a header, and with classes in a file of their own."""
+    write_pictures(folder / "images")
+    write_text(folder / "boxes.csv", csv_rows().partition("\n")[2].replace("a.png", "images/a.png"))
+    write_text(folder / "classes.csv", "cat,0\ndog,1\n")
+
+
+def roboflow_csv(folder: Path) -> None:
+    for split, names in (("train", ["a.png", "empty.png"]), ("valid", ["b.jpg"])):
+        write_pictures(folder / split, names)
+        write_text(folder / split / "_annotations.csv", csv_rows(names, with_size=True))
+
+
 WRITERS = {
     x.__name__: x
     for x in (
@@ -268,6 +299,9 @@ WRITERS = {
         roboflow_coco,
         roboflow_yolo,
         roboflow_voc,
+        deepforest_csv,
+        keras_retinanet_csv,
+        roboflow_csv,
     )
 }
 

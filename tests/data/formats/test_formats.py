@@ -10,8 +10,9 @@ from codetr_d2.data.formats import read_export
 from codetr_d2.errors import InputError
 from tests.data.formats import exports
 
-WITHOUT_POLYGONS = {"voc", "roboflow_voc", "label_studio_yolo"}
-SPLIT = {"roboflow_coco", "roboflow_yolo", "roboflow_voc"}
+CSV = {"deepforest_csv", "keras_retinanet_csv", "roboflow_csv"}
+WITHOUT_POLYGONS = {"voc", "roboflow_voc", "label_studio_yolo"} | CSV
+SPLIT = {"roboflow_coco", "roboflow_yolo", "roboflow_voc", "roboflow_csv"}
 
 
 def objects(export):
@@ -266,6 +267,88 @@ def test_label_studio_in_its_short_form(tmp_path):
     tasks = [{"id": 1, "image": "/data/upload/1/0a1b2c3d-a.png", "label": [region | size], "annotator": 1}]
     exports.write_text(tmp_path / "tasks.json", json.dumps(tasks))
     assert objects(read_export(tmp_path))["a.png"] == [("x", [10, 8, 20, 40], None)]
+
+
+def csv_file(folder, text, name="boxes.csv", pictures=("a.png",)):
+    for picture in pictures:
+        one_picture(folder, name=picture)
+    exports.write_text(folder / name, text)
+    return folder
+
+
+def test_columns_of_a_csv(tmp_path):
+    """Any order and case, further columns, quotes, semicolons, a byte order mark, line ends and paths of Windows."""
+    text = '\ufeff;Label;YMAX;xmax;ymin;XMIN;score;Image_Path\r\n0;"a;b";40;30;20;10.5;;"C:\\photos\\a.png"\r\n\r\n'
+    export = read_export(csv_file(tmp_path, text))
+    assert objects(export) == {"a.png": [("a;b", [10.5, 20, 19.5, 20], None)]} and export.problems == []
+
+
+def test_pictures_without_objects_in_a_csv(tmp_path):
+    """keras-retinanet leaves the cells empty, DeepForest writes zeros; no line says nothing."""
+    text = "image_path,xmin,ymin,xmax,ymax,label\na.png,,,,,\nb.png,0,0,0,0,Tree\n"
+    export = read_export(csv_file(tmp_path, text, pictures=("a.png", "b.png", "c.png")))
+    assert objects(export) == {"a.png": [], "b.png": []} and export.problems == []
+
+
+def test_splits_of_csv_files(tmp_path):
+    header = "image_path,xmin,ymin,xmax,ymax,label\n"
+    for split, name in (("train", "a.png"), ("val", "b.png"), ("test", "c.png")):
+        csv_file(tmp_path, f"{header}{name},1,2,3,4,x\n", f"trees_{split}.csv", [name])
+    splits = {Path(x["file_name"]).name: x["split"] for x in read_export(tmp_path).coco["images"]}
+    assert splits == {"a.png": "train", "b.png": "val", "c.png": "test"}
+    assert len(read_export(tmp_path / "trees_val.csv").coco["images"]) == 1
+
+
+def test_lines_of_a_csv(tmp_path):
+    """What is wrong with a line is told with its number; the others are used. A missing picture is told once."""
+    lines = [
+        "image_path,xmin,ymin,xmax,ymax,label",
+        "a.png,1,2,31,42,x",
+        "a.png,one,2,3,4,x",
+        "a.png,1,2",
+        "a.png,1,2,3,4,",
+    ]
+    lines += ["b.png,1,2,3,4,x", "b.png,5,6,7,8,x", "a.png,1,2,,4,x", "a.png,5,6,25,46,y"]
+    export = read_export(csv_file(tmp_path, "\n".join(lines)))
+    assert objects(export) == {"a.png": [("x", [1, 2, 30, 40], None), ("y", [5, 6, 20, 40], None)]}
+    expected = [
+        (3, "could not convert string to float: 'one'"),
+        (4, "3 cells are too few"),
+        (5, "the class is empty"),
+        (6, "there is no such picture"),
+        (8, "could not convert string to float: ''"),
+    ]
+    assert len(export.problems) == len(expected)
+    for problem, (line, text) in zip(export.problems, expected):
+        assert f"boxes.csv:{line}:" in problem.detail and problem.detail.endswith(text)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "image_path,xmin,ymin,xmax,label\na.png,1,2,3,x",
+            r"boxes.csv:1 has no column of the ymax. .* label \(or class\)",
+        ),
+        ("xmin,ymin,xmax,ymax\n1,2,3,4", "boxes.csv:1 has no column of the picture, class. .*image_path"),
+        ("filename,class\na.png,x", "no annotations of a known format.*CSV with the columns image_path"),
+        ("a.png,10,20,5,5,x", "no annotations of a known format"),  # corner and size?
+        ("10,20,30,40,x,a.png", "no annotations of a known format"),
+        ("filename,xmin,ymin,xmax,ymax,class\na.png,0.1,0.2,0.3,0.4,x", "Write them in pixels"),
+        ('filename,xmin,ymin,xmax,ymax,class\na.png,"' + "1" * 200_000, "boxes.csv:2 is not readable CSV"),
+        ("filename,xmin,ymin,xmax,ymax,class\n", "no picture of this CSV export"),
+    ],
+)
+def test_no_csv_of_boxes(text, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        read_export(csv_file(tmp_path, text))
+
+
+def test_a_csv_of_another_encoding(tmp_path):
+    csv_file(tmp_path, "")
+    (tmp_path / "boxes.csv").write_bytes("filename,xmin,ymin,xmax,ymax,class\na.png,1,2,3,4,Bäume".encode("latin-1"))
+    with pytest.raises(InputError, match="boxes.csv is not what a file of the format csv should be .'utf-8' codec"):
+        read_export(tmp_path)
 
 
 def test_what_cannot_be_read_is_told(tmp_path):
