@@ -15,6 +15,7 @@ COMMANDS = {
     "predict": ("predict", [], "detect objects in pictures, folders and videos, and draw them"),
     "report": ("report", [], "a page about a run, or about two side by side"),
     "analyze": ("analyze", [], "measure on trained models what the paper measures; what a model costs"),
+    "export": ("export", [], "a file that runs without PyTorch or without this package"),
     "convert-checkpoint": ("convert_checkpoint", [], "the published layout of weights -> this project's, and back"),
     "prepare-efficientnet": ("prepare_efficientnet", [], "fetch the weights that the small models start from"),
     "install-detectron2": ("install_detectron2", [], "install detectron2 where it is missing"),

@@ -2,11 +2,12 @@
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import onnx_ir as ir
+import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -20,11 +21,19 @@ from ..modeling.meta_arch import CoDETR
 from .detector import ExportedDetector, Session
 from .gate import average_precision, compare_on_pictures
 from .metadata import metadata_of
-from .onnx_graph import build_onnx_model
+from .parts import has_masks
+from .torch_program import compile_program, export_program, program_sizes, save_program
 
-__all__ = ["POSTPROCESS", "check_exported", "export_int8", "export_onnx", "load_model"]
+__all__ = [
+    "check_exported",
+    "export_int8",
+    "export_onnx",
+    "export_torch",
+    "load_model",
+    "onnx_to_openvino",
+    "registered",
+]
 
-POSTPROCESS = ("auto", "soft-nms", "top-k", "none")
 MAX_AP = 0.1
 MAX_AP_INT8 = 0.5
 EXTERNAL = 1.8e9  # bytes of weights from which on they lie beside an .onnx file: protobuf ends at 2 GiB
@@ -66,6 +75,10 @@ def export_onnx(cfg: CfgNode, model: CoDETR, folder: Path, config_file: str, pos
     Raises:
         InputError: the folder cannot be written.
     """
+    import onnx_ir as ir
+
+    from .onnx_graph import build_onnx_model
+
     if postprocess == "auto":
         postprocess = "soft-nms" if model.query_head.soft_nms_thresh > 0 else "top-k"
     if postprocess == "soft-nms" and model.query_head.soft_nms_thresh == 0:
@@ -87,7 +100,80 @@ def _class_names(cfg: CfgNode) -> list[str]:
         return []
 
 
-def check_exported(cfg: CfgNode, model: CoDETR, file: Path, pictures: Sequence[Path], max_ap: float = MAX_AP) -> None:
+def onnx_to_openvino(onnx_file: Path) -> Path:
+    """Write ``model.xml`` and ``model.bin`` beside an ONNX file, which is then removed."""
+    from .openvino import write_openvino
+
+    written = write_openvino(onnx_file, onnx_file.parent)
+    for file in (onnx_file, onnx_file.with_name(f"{onnx_file.name}.data")):  # the weights of large models
+        file.unlink(missing_ok=True)
+    return written
+
+
+def export_torch(
+    cfg: CfgNode,
+    model: CoDETR,
+    folder: Path,
+    config_file: str,
+    pictures: Sequence[Path],
+    is_compiled: bool = False,
+    size: tuple[int, int] | None = None,
+) -> list[Path]:
+    """Write ``model.pt2``, and ``model_compiled.pt2`` where that is asked for, and compare what they find.
+
+    Args:
+        cfg, model, folder, config_file: see :func:`export_onnx`.
+        pictures: see :func:`check_exported`.
+        is_compiled: also compile it ahead of time.
+        size: see :func:`~codetr_d2.export.torch_program.export_program`.
+
+    Raises:
+        InputError: see :func:`export_onnx`, :func:`check_exported` and ``export_program``; the model has soft-NMS.
+    """
+    if model.query_head.soft_nms_thresh > 0:
+        raise InputError("a torch program has no soft-NMS: set MODEL.CODETR.SOFT_NMS_THRESH to 0 for the best pairs")
+    if has_masks(model):
+        raise InputError("a torch program has no masks: set MODEL.MASK_ON to False for the boxes alone")
+    sizes = program_sizes(model, size)
+    program = export_program(model, cfg.INPUT.FORMAT, size)
+    metadata = {**metadata_of(cfg, _class_names(cfg), config_file), **sizes}
+    files = [folder / "model.pt2"]
+    with named_disk_problems(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    save_program(program, files[0], metadata)
+    check_exported(cfg, model, files[0], pictures, _program_session(program.module(), sizes), sizes["size"])
+    if is_compiled:
+        files.append(folder / "model_compiled.pt2")
+        compile_program(program, files[1], metadata)
+        run = torch._inductor.aoti_load_package(str(files[1]))
+        check_exported(cfg, model, files[1], pictures, _program_session(run, sizes), sizes["size"])
+    return files
+
+
+def _program_session(program: Callable[[Tensor, Tensor], tuple[Tensor, ...]], sizes: dict) -> Session:
+    """A torch program as a :data:`Session`, which pads pictures to sizes that it takes."""
+
+    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        images = torch.from_numpy(inputs["images"]).permute(0, 3, 1, 2)
+        unit = sizes["multiple_of"]
+        height, width = sizes["size"] or (max(sizes["smallest"], -(-x // unit) * unit) for x in images.shape[2:])
+        images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
+        with torch.no_grad():
+            boxes, scores, classes = program(images, torch.from_numpy(inputs["sizes"]))
+        scores = scores.masked_fill((boxes[..., 2:] <= boxes[..., :2]).any(-1), 0)
+        return {"boxes": boxes.numpy(), "scores": scores.numpy(), "classes": classes.numpy()}
+
+    return run
+
+
+def check_exported(
+    cfg: CfgNode,
+    model: CoDETR,
+    file: Path,
+    pictures: Sequence[Path],
+    session: Session | None = None,
+    size: tuple[int, int] | None = None,
+) -> None:
     """Compare what an exported file finds with what the model finds, and print the differences.
 
     On pictures of several sizes and in batches of two sizes the detections have to be the same; on the config's first
@@ -99,15 +185,19 @@ def check_exported(cfg: CfgNode, model: CoDETR, file: Path, pictures: Sequence[P
         file: what was written.
         pictures: files or folders to look for pictures in; without any, the first ones of the test dataset, and two
             photographs where there is none.
-        max_ap: the largest difference of AP that is let pass.
+        session: what runs the file, if not its own runtime.
+        size: (height, width) of the largest picture that it takes, one at a time; None where it takes any.
 
     Raises:
         InputError: they differ by more than may be.
     """
-    exported = ExportedDetector(str(file), cfg.INPUT.FORMAT)
+    exported = ExportedDetector(str(file), cfg.INPUT.FORMAT, session)
     print(f"{file} against PyTorch:")
-    problems = compare_on_pictures(model, exported, _batches(cfg, _pictures(cfg, pictures)))
-    problems += compare_ap(cfg, model, exported, max_ap)
+    batches = _batches(cfg, _pictures(cfg, pictures))
+    if size is not None:
+        batches = (x for x in batches if len(x) == 1 and all(a <= b for a, b in zip(x[0].shape[1:], size)))
+    problems = compare_on_pictures(model, exported, batches)
+    problems += compare_ap(cfg, model, exported, MAX_AP)
     if problems:
         raise InputError(f"{file} does not find what the model finds: " + "; ".join(problems))
 
@@ -152,7 +242,8 @@ def export_int8(cfg: CfgNode, model: CoDETR, file: Path, num_pictures: int = 100
         print(f"  AP {value:.2f}", flush=True)
         return value
 
-    written = quantize(file, pictures, score, MAX_AP_INT8)
+    # A little less, as the session that NNCF measures with may compute the other layers in bfloat16.
+    written = quantize(file, pictures, score, MAX_AP_INT8 - MAX_AP)
     print(f"{written} against PyTorch:")
     problems = compare_ap(cfg, model, ExportedDetector(str(written), cfg.INPUT.FORMAT), MAX_AP_INT8)
     if problems:

@@ -9,6 +9,7 @@ __all__ = ["check_packages"]
 _PACKAGES = {
     "onnx": ["onnxscript", "onnxruntime"],
     "openvino": ["onnxscript", "openvino"],
+    "torch": [],
     "int8": ["onnxscript", "openvino", "nncf"],
 }
 

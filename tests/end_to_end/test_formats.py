@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import train_net
+from codetr_d2_programs import prepare_dataset, prepare_efficientnet, report
 from tests.data.formats import exports
-from tools import prepare_dataset, report
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ SMALL = {
 def test_an_export_becomes_a_model_and_a_page(name, tmp_path, monkeypatch, capsys):
     weights = tmp_path / "weights.pth"
     torch.save({"model": {}}, weights)
-    monkeypatch.setattr(prepare_dataset, "SMALL_WEIGHTS", weights)  # there already: nothing is downloaded
+    monkeypatch.setattr(prepare_efficientnet, "DEFAULT_FILE", weights)  # there already: nothing is downloaded
     monkeypatch.setattr(report, "write_run_page", partial(report.write_run_page, with_cost=False))  # takes longest
     monkeypatch.chdir(tmp_path)
     exports.WRITERS[name](tmp_path / "export")

@@ -70,7 +70,7 @@ def test_what_was_left_out_is_said(prepare, tmp_path, capsys):
 
 def test_tiles(prepare, tmp_path, capsys):
     """Pictures are split before they are cut, and what looks wrong in them is told by their names."""
-    yolo_folder(tmp_path / "yolo", 4)
+    exports.yolo_squares(tmp_path / "yolo", 4)
     exports.write_text(tmp_path / "yolo" / "labels" / "camera0" / "3.txt", "0 0.5 0.5 0.2 0\n0 0.25 0.25 0.1 0.1")
     prepare.main([str(tmp_path / "yolo"), "--output", str(tmp_path / "mine"), "--device", "cpu", "--tile", "32"])
     found = {x: json.loads((tmp_path / "mine" / f"{x}.json").read_text()) for x in ("train", "val")}
