@@ -22,6 +22,7 @@ import codetr_d2.data
 from codetr_d2.data.transforms import ResizeShortestEdge
 from codetr_d2.modeling.meta_arch import clip_to_image, rescale
 from codetr_d2.visualization import draw_predictions
+from codetr_d2_programs import predict
 from tests.tiny_run import write_tiny_run
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -164,12 +165,13 @@ class StubPredictor:
 @pytest.fixture(scope="module")
 def of_other_demo(pictures, tmp_path_factory):
     """The inputs on the command line, and the output folder of demo/predict.py."""
-    predict, folder = load("predict"), tmp_path_factory.mktemp("other_demo")
-    predict.Predictor = StubPredictor
+    folder = tmp_path_factory.mktemp("other_demo")
     names = ("MODEL.CODETR.CLASS_NAMES", NAMES, "MODEL.CODETR.NUM_CLASSES", len(NAMES))
     write_tiny_run(folder, opts=names)
     arguments = [str(pictures / "inner" / "no_suffix"), str(pictures), "--score-threshold=0.6"]
-    predict.main([*arguments, f"--output={folder / 'out'}", f"--config-file={folder / 'config.yaml'}"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "Predictor", StubPredictor)
+        predict.main([*arguments, f"--output={folder / 'out'}", f"--config-file={folder / 'config.yaml'}"])
     return arguments, folder / "out"
 
 
