@@ -1,16 +1,46 @@
-"""Every kind of model exported, and tools/export.py on a model that was trained."""
+"""Every kind of model exported. test_quick_start.py exports a model that was trained."""
 
-from pathlib import Path
+import os
+import shutil
 
 import pytest
+import torch
 
+from codetr_d2.export.torch_program import compile_program, export_program, program_sizes
 from tests.exported_model import KINDS, check_kind
+from tests.ops.common import needs_cpp
+from tests.small_model import build
+from tests.torch_program import (
+    BATCHES,
+    SMALLEST,
+    assert_lines,
+    assert_same,
+    detections,
+    metadata,
+    random_batch,
+    run_demo,
+)
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "Co-DINO, soft-NMS, BGR"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_detections_are_the_models_at_any_size_and_in_a_batch(kind, tmp_path):
     check_kind(kind, tmp_path)
+
+
+@needs_cpp
+@needs_compiler
+def test_torch_program_that_is_compiled_ahead_of_time(tmp_path):
+    """At other sizes and numbers of pictures; then in a process without this package. Compiling takes minutes."""
+    model = build(*SMALLEST, aux_heads=()).eval()
+    program = export_program(model, "BGR")
+    compile_program(program, tmp_path / "compiled.pt2", metadata(program_sizes(model)))
+    loaded = torch._inductor.aoti_load_package(str(tmp_path / "compiled.pt2"))
+    for size, sizes in BATCHES:
+        images, image_sizes = random_batch(size, sizes)
+        assert_same(loaded(images, image_sizes), detections(model, images, image_sizes, "BGR"))
+    lines, images = run_demo(tmp_path / "compiled.pt2", tmp_path)
+    assert_lines(lines, detections(model, images, torch.tensor([[150, 188]]), "BGR"))
