@@ -9,8 +9,8 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from codetr_d2.errors import InputError
-from codetr_d2.export.detector import ExportedDetector, load_session
 from codetr_d2.export.packages import check_packages
+from codetr_d2.inference.exported import ExportedDetector, load_session
 
 __all__ = ["RUNTIMES", "hf_in_openvino", "in_runtime", "runtime_of"]
 

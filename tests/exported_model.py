@@ -3,9 +3,9 @@
 import onnx_ir as ir
 import torch
 
-from codetr_d2.export.detector import ExportedDetector
 from codetr_d2.export.gate import compare_detections
 from codetr_d2.export.onnx_graph import build_onnx_model
+from codetr_d2.inference.exported import ExportedDetector
 from tests.small_model import build
 
 SWIN = ["MODEL.BACKBONE.NAME", "build_swin_backbone", "MODEL.CODETR.IN_FEATURES", ["p1", "p2", "p3"]]

@@ -33,7 +33,7 @@ from ..data.samplers import derive_seed, seed_rng
 from ..data.shared import SharedRecords
 from ..errors import InputError, named_disk_problems
 from ..evaluation import DetectionEvaluator, evaluation_style
-from ..export.detector import ExportedDetector, is_exported
+from ..inference.exported import ExportedDetector, is_exported
 from .anchor_check import warn_of_unsuitable_anchors
 from .ema import ModelEMA
 from .hooks import (

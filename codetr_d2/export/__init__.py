@@ -1,5 +1,5 @@
 """Models in files that run without this package: ONNX, OpenVINO, torch programs.
 
-``detector.py`` runs ONNX and OpenVINO files in the place of a model; what writes these needs the packages of the extra
-``export``.
+What writes ONNX and OpenVINO files needs the packages of the extra ``export``; ``codetr_d2.inference.exported`` runs
+them.
 """

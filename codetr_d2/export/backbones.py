@@ -74,7 +74,8 @@ class _Whole(nn.Module):
 
     def __init__(self, backbone: Backbone, in_features: list[str]):
         super().__init__()
-        self.backbone = copy.deepcopy(backbone)
+        has_same_padding = any(type(module) is Conv2dSame for module in backbone.modules())
+        self.backbone = copy.deepcopy(backbone) if has_same_padding else backbone
         for module in self.backbone.modules():
             if type(module) is Conv2dSame:
                 module.forward = functools.partial(_conv2d_same_of, module)

@@ -17,8 +17,8 @@ from ..data.datasets import annotated_images
 from ..data.transforms import ResizeShortestEdge
 from ..errors import InputError, named_disk_problems
 from ..inference import Predictor, find_media
+from ..inference.exported import ExportedDetector, Session
 from ..modeling.meta_arch import CoDETR
-from .detector import ExportedDetector, Session
 from .gate import average_precision, compare_on_pictures
 from .metadata import metadata_of
 from .parts import has_masks

@@ -11,7 +11,8 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from ..engine.trainer import CoDETRTrainer
+from ..data import CoDETRDatasetMapper, load_datasets
+from ..data.loader import build_test_loader
 from ..evaluation import DetectionEvaluator
 
 __all__ = ["Difference", "average_precision", "compare_detections", "compare_on_pictures"]
@@ -107,7 +108,7 @@ def compare_on_pictures(model: nn.Module, exported: nn.Module, batches: Iterable
 def average_precision(cfg: CfgNode, detector: nn.Module) -> dict[str, float]:
     """AP on the first test dataset of the config, by task ("bbox", "segm"), in percent."""
     name = cfg.DATASETS.TEST[0]
-    loader = CoDETRTrainer.build_test_loader(cfg, name)
+    loader = build_test_loader(cfg, load_datasets(cfg, [name], False), CoDETRDatasetMapper(cfg, False))
     # Without a folder: the run's own detections stay what they are.
     results = inference_on_dataset(detector, loader, DetectionEvaluator(name))
     return {task: values["AP"] for task, values in results.items() if np.isfinite(values.get("AP", np.nan))}

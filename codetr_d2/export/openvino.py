@@ -11,7 +11,7 @@ import torch
 from torchvision.ops import box_iou
 
 from ..errors import named_disk_problems
-from .detector import Session, load_session, session_of
+from ..inference.exported import Session, load_session, session_of
 
 __all__ = ["QUANTIZATION", "quantize", "write_openvino"]
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..checkpoint.checkpointer import CoDETRCheckpointer
 from ..data.transforms import ResizeShortestEdge
 from ..errors import InputError
-from ..export.detector import ExportedDetector, is_exported
+from .exported import ExportedDetector, is_exported
 
 __all__ = ["Predictor"]
 
