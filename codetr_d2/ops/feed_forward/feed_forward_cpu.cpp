@@ -5,9 +5,12 @@
 // all of it happens part by part, some rows at a time, while the part is in the cache. Inference never holds them whole,
 // and training never their gradient.
 //
-// The matrix products are PyTorch's.
+// The matrix products are PyTorch's: in float32 those of oneDNN, whose kernels take AVX-512 on every processor that has
+// it. MKL, which PyTorch takes by itself, has none for AMD's.
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -108,15 +111,29 @@ FOR_EACH_INSTRUCTION_SET(KERNELS)
 
 // ---------------------------------------------------------------- forward
 
+// x weight^T + bias in float32 by oneDNN; nothing where PyTorch is built without it or told not to use it.
+std::optional<Tensor> onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using Linear = Tensor(
+      const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
+      c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+  static const auto schema = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  const bool is_there = schema && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn();
+  if (!is_there || x.scalar_type() != at::kFloat || x.numel() == 0 || weight.numel() == 0) {
+    return std::nullopt;
+  }
+  static const auto linear = schema->typed<Linear>();
+  return linear.call(x.contiguous(), weight.contiguous(), bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+}
+
 // f(first row, one behind the last) for pieces of the rows, in parallel.
 template <typename F>
 void for_rows(int64_t rows, F f) {
   at::parallel_for(0, rows, SUMMED_ROWS, f);
 }
 
+// values = max(values + bias, 0)
 template <typename T>
-void hidden_features(Tensor hidden, const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  at::mm_out(hidden, x, weight.t());
+void add_bias_relu(const Tensor& hidden, const Tensor& bias) {
   const auto kernel = CHOOSE_KERNEL(add_bias_relu, T);
   const int64_t columns = hidden.size(1);
   T* const data = hidden.mutable_data_ptr<T>();
@@ -124,6 +141,12 @@ void hidden_features(Tensor hidden, const Tensor& x, const Tensor& weight, const
   for_rows(hidden.size(0), [&](int64_t begin, int64_t end) {
     kernel(data + begin * columns, bias_data, end - begin, columns);
   });
+}
+
+template <typename T>
+void hidden_features(Tensor hidden, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  at::mm_out(hidden, x, weight.t());
+  add_bias_relu<T>(hidden, bias);
 }
 
 template <>
@@ -158,10 +181,21 @@ std::tuple<Tensor, Tensor> feed_forward(
   const int64_t rows = x.size(0), part = rows_of_part(weight1);
   const Tensor bias = bias1.contiguous();
   Tensor output = at::empty({rows, weight2.size(0)}, x.options());
-  Tensor hidden = at::empty({keep_hidden ? rows : std::min(rows, part), weight1.size(0)}, x.options());
+  Tensor hidden = at::empty({keep_hidden ? rows : 0, weight1.size(0)}, x.options());
   for (int64_t row = 0; row < rows; row += part) {
     const int64_t count = std::min(part, rows - row);
-    const Tensor x_part = x.narrow(0, row, count), hidden_part = hidden.narrow(0, keep_hidden ? row : 0, count);
+    const Tensor x_part = x.narrow(0, row, count);
+    Tensor output_part = output.narrow(0, row, count);
+    // It cannot write to a tensor that is there, so what is kept is computed without it.
+    if (const auto computed = keep_hidden ? std::nullopt : onednn_linear(x_part, weight1, std::nullopt)) {
+      add_bias_relu<float>(*computed, bias);
+      output_part.copy_(*onednn_linear(*computed, weight2, bias2));
+      continue;
+    }
+    if (hidden.size(0) == 0) {
+      hidden = at::empty({count, weight1.size(0)}, x.options());
+    }
+    const Tensor hidden_part = hidden.narrow(0, keep_hidden ? row : 0, count);
     switch (x.scalar_type()) {
       case at::kFloat:
         hidden_features<float>(hidden_part, x_part, weight1, bias);
@@ -175,7 +209,6 @@ std::tuple<Tensor, Tensor> feed_forward(
       default:
         TORCH_CHECK(false, "feed_forward: expected float32, float64 or bfloat16, got ", x.scalar_type());
     }
-    Tensor output_part = output.narrow(0, row, count);
     at::addmm_out(output_part, bias2, hidden_part, weight2.t());
   }
   return {output, keep_hidden ? hidden : at::empty({0}, x.options())};
