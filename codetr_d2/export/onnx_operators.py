@@ -55,9 +55,10 @@ def _ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights
         sampled = op.ReduceSum(sampled, _ints(-1), keepdims=0)
         result = sampled if result is None else op.Add(result, sampled)
         start = stop
-    batch, queries = op.Shape(value, start=0, end=1), op.Shape(sampling_locations, start=1, end=2)
-    result = op.Reshape(result, op.Concat(batch, _ints(-1), queries, axis=0))  # [B * H, D, Q] -> [B, H * D, Q]
-    return op.Transpose(result, perm=[0, 2, 1])
+    # [B * H, D, Q] -> [B, H, D, Q] -> [B, Q, H, D] -> [B, Q, H * D]
+    queries = op.Shape(sampling_locations, start=1, end=2)
+    result = op.Reshape(result, op.Concat(_ints(-1), op.Shape(value, start=2), queries, axis=0))
+    return op.Reshape(op.Transpose(result, perm=[0, 3, 1, 2]), _ints(0, 0, -1))
 
 
 def _feed_forward(x, weight1, bias1, weight2, bias2, keep_hidden):

@@ -17,7 +17,9 @@ __all__ = ["QUANTIZATION", "quantize", "write_openvino"]
 
 
 # Not SmoothQuant, which moves scales from features to weights: on the digits it cost 2.7 AP.
-QUANTIZATION = nncf.AdvancedQuantizationParameters(smooth_quant_alpha=-1)
+QUANTIZATION = nncf.AdvancedQuantizationParameters(
+    smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+)
 
 
 def write_openvino(onnx_file: Path, folder: Path) -> Path:

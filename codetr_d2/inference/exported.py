@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..ops.library import library_is_loaded
 
 __all__ = ["ExportedDetector", "Session", "is_exported", "load_session", "optional", "session_of"]
 
@@ -75,7 +76,12 @@ def _openvino_session(file: str) -> Session:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    return session_of(core.compile_model(core.read_model(file), "CPU", options))
+    model = core.read_model(file)
+    if library_is_loaded():
+        from .openvino_session import with_own_attention
+
+        with_own_attention(model)
+    return session_of(core.compile_model(model, "CPU", options))
 
 
 def session_of(model: "openvino.CompiledModel") -> Session:  # noqa: F821
