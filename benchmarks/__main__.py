@@ -100,7 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add_comparison(name: str, summary: str) -> argparse.ArgumentParser:
         command = add_model(name, summary)
-        command.add_argument("--against", default="nothing", help="what is measured in turn; several joined by +")
+        command.add_argument(
+            "--against", default="nothing", help="what is measured in turn; changes joined by +, sides by commas"
+        )
         command.add_argument(
             "--sweep", help=f"like size=256,512,800 (squares) or head=atss,roi; one of: {', '.join(SWEEPS)}"
         )

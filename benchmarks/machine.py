@@ -19,7 +19,13 @@ def describe_machine(device: str, threads: int) -> dict:
     cpuinfo, meminfo = Path("/proc/cpuinfo"), Path("/proc/meminfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     flags = set(next((line for line in lines if line.startswith("flags")), "").split())
-    known = {"AVX2": "avx2", "AVX-512": "avx512f", "AVX-512 bfloat16": "avx512_bf16", "AMX bfloat16": "amx_bf16"}
+    known = {
+        "AVX2": "avx2",
+        "AVX-512": "avx512f",
+        "AVX-512 VNNI": "avx512_vnni",
+        "AVX-512 bfloat16": "avx512_bf16",
+        "AMX bfloat16": "amx_bf16",
+    }
     total = meminfo.read_text().split()[1] if meminfo.exists() else None  # the first line is MemTotal, in kB
     return {
         "cpu_features": [name for name, flag in known.items() if flag in flags],

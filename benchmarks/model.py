@@ -278,8 +278,8 @@ class _Side:
         return answer
 
 
-def measure(case: Case, against: list[str], repeat: int) -> dict:
-    """Measure our model, and in turn with it what it is compared with, if anything.
+def measure(case: Case, against: list[list[str]], repeat: int) -> dict:
+    """Measure our model, and in turn with it each side that it is compared with.
 
     Returns:
         ``sides``: by name the seconds of every run (of training also ``forward`` and ``backward``, and the loss), their
@@ -288,7 +288,8 @@ def measure(case: Case, against: list[str], repeat: int) -> dict:
     """
     sides: dict[str, _Side] = {}
     try:
-        for name, parts in ((OURS, []), *([("+".join(against), against)] if against else [])):
+        for parts in ([], *against):
+            name = "+".join(parts) or OURS
             sides[name] = _Side(name, case, parts)
         runs: dict[str, list[dict]] = {name: [] for name in sides}
         for turn in range(-WARM_UP[case.device], repeat):
@@ -360,14 +361,16 @@ def swept_case(case: Case, name: str, value: int | str) -> Case:
     return replace(case, cfg=cfg)
 
 
-def check_against(text: str, training: bool) -> list[str]:
-    """The parts of ``--against``; none for ``nothing``.
+def check_against(text: str, training: bool) -> list[list[str]]:
+    """The sides of ``--against``, each as its parts; none for ``nothing``.
 
     Raises:
         InputError: a part is unknown, or does not fit the others or the command.
     """
-    if text == "nothing":
-        return []
+    return [] if text == "nothing" else [_check_side(side, training) for side in text.split(",")]
+
+
+def _check_side(text: str, training: bool) -> list[str]:
     parts = text.split("+")
     known = [EAGER, SEPARATE_PASSES, NO_AUXILIARY_HEADS, HF, *RUNTIMES]
     for part in parts:

@@ -14,7 +14,8 @@ from codetr_d2.inference.exported import ExportedDetector, load_session
 
 __all__ = ["RUNTIMES", "hf_in_openvino", "in_runtime", "runtime_of"]
 
-RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino", "openvino-int8": "int8"}  # and the packages that they need
+# And the packages that they need. int8 is OpenVINO with the project's deformable attention, as a Predictor runs it.
+RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino", "openvino-int8": "int8", "int8": "int8"}
 
 
 def runtime_of(against: list[str]) -> str | None:
@@ -53,11 +54,12 @@ def in_runtime(model: nn.Module, runtime: str, cfg: CfgNode, batch: list[dict]) 
         from codetr_d2.export.openvino import write_openvino
 
         file = write_openvino(file, Path(folder))
-        detector = ExportedDetector(str(file), cfg.INPUT.FORMAT)
-        if runtime == "openvino-int8":
-            _quantize(file, [detector.pack([x["image"] for x in batch])])
-            detector = ExportedDetector(str(file), cfg.INPUT.FORMAT)
-        return detector
+        plain = ExportedDetector(str(file), cfg.INPUT.FORMAT, load_session(str(file), own_attention=False))
+        if runtime == "openvino":
+            return plain
+        _quantize(file, [plain.pack([x["image"] for x in batch])])
+        session = load_session(str(file), own_attention=runtime == "int8")
+        return ExportedDetector(str(file), cfg.INPUT.FORMAT, session)
 
 
 def hf_in_openvino(model: nn.Module, runtime: str, batch: list[dict]) -> nn.Module:

@@ -131,6 +131,19 @@ def inference() -> str:
     return table(rows)
 
 
+def runtimes() -> str:
+    file = read("runtimes")
+    [result] = file["results"]
+    rows = []
+    ours = result["sides"]["ours"]["median"]
+    for side, measured in result["sides"].items():
+        middle, ends = spread(measured["seconds"])
+        ratio = f"**{measured['median'] / ours:.2f}**"
+        rows.append({"": side, "time": f"{middle} ({ends})", "time / ours": ratio, "memory": memory(measured)})
+    machine = file["machine"]
+    return f"{machine['cores']} cores with {', '.join(machine['cpu_features'])}:\n\n{table(rows)}"
+
+
 def train() -> str:
     [result] = read("train")["results"]
     rows = []
@@ -268,6 +281,7 @@ TABLES = {
     "machine": machine,
     "operator": operator,
     "inference": inference,
+    "runtimes": runtimes,
     "train": train,
     "auxiliary_heads": auxiliary_heads,
     "memory": memory_of_training,

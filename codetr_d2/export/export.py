@@ -17,7 +17,7 @@ from ..data.datasets import annotated_images
 from ..data.transforms import ResizeShortestEdge
 from ..errors import InputError, named_disk_problems
 from ..inference import Predictor, find_media
-from ..inference.exported import ExportedDetector, Session
+from ..inference.exported import ExportedDetector, Session, load_session
 from ..modeling.meta_arch import CoDETR
 from .gate import average_precision, compare_on_pictures
 from .metadata import metadata_of
@@ -185,12 +185,13 @@ def check_exported(
         file: what was written.
         pictures: files or folders to look for pictures in; without any, the first ones of the test dataset, and two
             photographs where there is none.
-        session: what runs the file, if not its own runtime.
+        session: what runs the file, if not its own runtime, as it is without this package.
         size: (height, width) of the largest picture that it takes, one at a time; None where it takes any.
 
     Raises:
         InputError: they differ by more than may be.
     """
+    session = session or load_session(str(file), own_attention=False)
     exported = ExportedDetector(str(file), cfg.INPUT.FORMAT, session)
     print(f"{file} against PyTorch:")
     batches = _batches(cfg, _pictures(cfg, pictures))
@@ -245,7 +246,8 @@ def export_int8(cfg: CfgNode, model: CoDETR, file: Path, num_pictures: int = 100
     # A little less, as the session that NNCF measures with may compute the other layers in bfloat16.
     written = quantize(file, pictures, score, MAX_AP_INT8 - MAX_AP)
     print(f"{written} against PyTorch:")
-    problems = compare_ap(cfg, model, ExportedDetector(str(written), cfg.INPUT.FORMAT), MAX_AP_INT8)
+    session = load_session(str(written), own_attention=False)
+    problems = compare_ap(cfg, model, ExportedDetector(str(written), cfg.INPUT.FORMAT, session), MAX_AP_INT8)
     if problems:
         raise InputError(f"{written}: {'; '.join(problems)}")
     return written

@@ -40,10 +40,15 @@ def optional(package: str) -> ModuleType:
         ) from error
 
 
-def load_session(file: str) -> Session:
+def load_session(file: str, own_attention: bool = True) -> Session:
     """Load an exported file into its runtime: ONNX Runtime for ``.onnx``, OpenVINO for ``.xml``, on the CPU.
 
     Arithmetic that the file keeps in float32 is done in float32, whatever the processor prefers.
+
+    Args:
+        file: what tools/export.py wrote.
+        own_attention: let OpenVINO call this project's deformable attention, which is faster than its own operators,
+            where the project's compiled library is loaded.
 
     Raises:
         InputError: the file is missing or damaged, or the runtime is not installed.
@@ -51,7 +56,7 @@ def load_session(file: str) -> Session:
     if not os.path.isfile(file):
         raise InputError(f"{file} does not exist. tools/export.py writes such files.")
     try:
-        return _onnx_session(file) if file.endswith(".onnx") else _openvino_session(file)
+        return _onnx_session(file) if file.endswith(".onnx") else _openvino_session(file, own_attention)
     except InputError:
         raise
     except Exception as error:  # whatever the runtime raises
@@ -68,7 +73,7 @@ def _onnx_session(file: str) -> Session:
     return lambda inputs: dict(zip(names, session.run(names, inputs)))
 
 
-def _openvino_session(file: str) -> Session:
+def _openvino_session(file: str, own_attention: bool) -> Session:
     openvino = optional("openvino")
     core = openvino.Core()
     options = {
@@ -77,7 +82,7 @@ def _openvino_session(file: str) -> Session:
         "PERFORMANCE_HINT": "LATENCY",
     }
     model = core.read_model(file)
-    if library_is_loaded():
+    if own_attention and library_is_loaded():
         from .openvino_session import with_own_attention
 
         with_own_attention(model)

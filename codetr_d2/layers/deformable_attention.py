@@ -136,7 +136,7 @@ class MultiScaleDeformableAttention(nn.Module):
             # Filled, not copied from a list: that waits for the device, and an exported program would keep the list.
             sizes = [offsets.new_full((1,), size) for height, width in spatial_shapes for size in (width, height)]
             scale = torch.cat(sizes).reciprocal().view(-1, 1, 2).expand(-1, self.num_points, -1).flatten()
-        return reference_points[..., :2].flatten(2).unsqueeze(2) + offsets * scale
+        return torch.addcmul(reference_points[..., :2].flatten(2).unsqueeze(2), offsets, scale)
 
     def _check(self, query, value, reference_points, spatial_shapes, padding_mask) -> None:
         levels = self.num_levels

@@ -106,6 +106,16 @@ def test_two_sides_of_a_training_step(tmp_path, capsys):
     assert f"| {against} |" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("in_process")
+def test_several_sides(tmp_path):
+    output = tmp_path / "train.json"
+    assert run("train", *MODEL, "--against", "eager,eager+separate-passes", "--output", output, *TINY) == ""
+    (result,) = json.loads(output.read_text())["results"]
+    assert list(result["sides"]) == ["ours", "eager", "eager+separate-passes"]
+    losses = [side["loss"][0] for side in result["sides"].values()]
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-3)
+
+
 def test_an_error_of_a_side_is_the_commands():
     error = run("inference", *MODEL, *TINY, *SMALL_CANVAS)
     assert error.startswith("error: ") and "larger than MODEL.CODETR.CANVAS_SIZE" in error
