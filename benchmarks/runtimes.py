@@ -95,13 +95,13 @@ def _quantize(file: Path, pictures: list[dict[str, np.ndarray]]) -> None:
     import nncf
     import openvino
 
-    from codetr_d2.export.openvino import QUANTIZATION
+    from codetr_d2.export.openvino import ADVANCED, QUANTIZATION
 
     model = nncf.quantize(
         openvino.Core().read_model(file),
         nncf.Dataset(pictures),
-        model_type=nncf.ModelType.TRANSFORMER,
-        advanced_parameters=QUANTIZATION,
+        advanced_parameters=ADVANCED,
+        **QUANTIZATION,
     )
     quantized = file.with_name("quantized.xml")
     openvino.save_model(model, quantized, compress_to_fp16=False)

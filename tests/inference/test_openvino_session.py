@@ -6,7 +6,7 @@ import openvino
 import pytest
 import torch
 
-from codetr_d2.export.openvino import QUANTIZATION, write_openvino
+from codetr_d2.export.openvino import ADVANCED, QUANTIZATION, write_openvino
 from codetr_d2.inference.openvino_session import MSDeformAttn, with_own_attention
 from codetr_d2.ops import ms_deform_attn
 from tests.exported_model import ONE_LAYER, export, lively
@@ -44,8 +44,8 @@ def test_in_float32(file):
 
 def test_in_int8(file):
     """The roundings stay where they are."""
-    options = {"model_type": nncf.ModelType.TRANSFORMER, "advanced_parameters": QUANTIZATION}
-    quantized = nncf.quantize(openvino.Core().read_model(file), nncf.Dataset([INPUTS]), **options)
+    data = nncf.Dataset([INPUTS])
+    quantized = nncf.quantize(openvino.Core().read_model(file), data, advanced_parameters=ADVANCED, **QUANTIZATION)
     expected, _ = run(quantized)
     assert with_own_attention(quantized) == 2
     roundings = [x for x in quantized.get_ordered_ops() if x.get_type_name() == "FakeQuantize"]
