@@ -31,7 +31,7 @@ def random_batch(size, sizes):
 
 
 def detections(model, images, image_sizes, input_format):
-    """What the model itself finds, before soft-NMS, masks and boxes without area."""
+    """What the model itself finds, before soft-NMS and masks; the scores of boxes without area are 0."""
     pictures = [image[:, :h, :w] for image, (h, w) in zip(images, image_sizes.tolist())]
     inputs = [{"image": x.flip(0) if input_format == "BGR" else x} for x in pictures]
     with torch.no_grad():
@@ -39,6 +39,7 @@ def detections(model, images, image_sizes, input_format):
         found = model.query_head.finish(model.predict(memory), memory)
     for result, size in zip(found, image_sizes.tolist()):
         result.pred_boxes.clip(size)  # as finish of the whole model does: a canvas is larger than its picture
+        result.scores[~result.pred_boxes.nonempty()] = 0.0
     parts = ([x.pred_boxes.tensor for x in found], [x.scores for x in found], [x.pred_classes for x in found])
     return tuple(map(torch.stack, parts))
 

@@ -1,4 +1,4 @@
-"""The model for inference as parts of tensors alone, each of which ``torch.export`` takes at any sizes.
+"""The model for inference as parts of tensors alone, each of which ``torch.onnx.export`` takes at any sizes.
 
 A whole model's sizes are nested roundings of the picture's, and the number of its tokens a sum of their products, which
 torch's symbolic arithmetic takes hours for. A part sees the sizes of its inputs as new ones, unrelated to each other:
@@ -86,11 +86,13 @@ class Preprocess(nn.Module):
 
     def __init__(self, model: CoDETR, reverse_channels: bool):
         super().__init__()
-        self.model = model
         self.reverse_channels = reverse_channels
-        constraints = model.backbone.padding_constraints
-        self.side = model.canvas_size or constraints.get("square_size", 0)
+        self.on_canvas = model.canvas_size > 0
+        self.padding_value = model.canvas_value if self.on_canvas else 0.0
+        self.side = model.canvas_size or model.backbone.padding_constraints.get("square_size", 0)
         self.unit = model.size_divisibility
+        self.register_buffer("pixel_mean", model.pixel_mean)
+        self.register_buffer("pixel_std", model.pixel_std)
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -101,7 +103,6 @@ class Preprocess(nn.Module):
         Returns:
             [B, channels, H', W'] float32; [2] int64, (H', W'); [B, 2] int64, the (height, width) that counts as image.
         """
-        model = self.model
         height, width = images.shape[1:3]
         x = images.permute(0, 3, 1, 2)
         if self.reverse_channels:
@@ -110,18 +111,17 @@ class Preprocess(nn.Module):
         rows = torch.arange(height, device=x.device) >= sizes[:, :1]
         columns = torch.arange(width, device=x.device) >= sizes[:, 1:]
         padding = (rows[:, None, :, None] | columns[:, None, None, :]).expand(-1, x.shape[1], -1, -1)
-        if not model.canvas_size:
-            x = (x - model.pixel_mean) / model.pixel_std
-        value = model.canvas_value if model.canvas_size else 0.0
-        x = torch.where(padding, value, x)
+        if not self.on_canvas:
+            x = (x - self.pixel_mean) / self.pixel_std
+        x = torch.where(padding, self.padding_value, x)
         if self.side:
-            x = F.pad(x, (0, self.side - width, 0, self.side - height), value=value)
+            x = F.pad(x, (0, self.side - width, 0, self.side - height), value=self.padding_value)
         elif self.unit > 1:
             x = F.pad(x, (0, missing(width, self.unit), 0, missing(height, self.unit)))
-        if model.canvas_size:
-            x = (x - model.pixel_mean) / model.pixel_std
+        if self.on_canvas:
+            x = (x - self.pixel_mean) / self.pixel_std
         shape = torch.cat([sizes.new_full((1,), side) for side in x.shape[2:]])
-        return x, shape, shape.expand(sizes.shape[0], -1) if model.canvas_size else sizes
+        return x, shape, shape.expand(sizes.shape[0], -1) if self.on_canvas else sizes
 
 
 class Neck(nn.Module):

@@ -17,21 +17,15 @@ from detectron2.modeling import SwinTransformer
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torchvision.ops import box_convert
 
 from ..errors import InputError, named_disk_problems
 from ..modeling.meta_arch import CoDETR, map_layout
-from ..modeling.pyramid import FeaturePyramid, Geometry
+from ..modeling.pyramid import FeaturePyramid
+from .parts import Finish, Neck, Preprocess, Select, TracedGeometry
 
 __all__ = ["METADATA", "Detector", "compile_program", "export_program", "program_sizes", "save_program"]
 
 METADATA = "codetr_d2.json"  # the name of what a program says of itself, inside its file
-
-
-class MaskedGeometry(Geometry):
-    """A geometry that never asks whether images are padded: their sizes are known only when a program runs."""
-
-    is_padded = True
 
 
 class Detector(nn.Module):
@@ -44,16 +38,13 @@ class Detector(nn.Module):
 
     def __init__(self, model: CoDETR, input_format: str):
         super().__init__()
+        self.preprocess = Preprocess(model, input_format == "BGR")
         self.backbone = with_simple_sizes(model.backbone)
-        self.neck = model.neck
+        self.neck = Neck(model)
         self.query_head = model.query_head
         self.in_features = model.in_features
         self.strides = model.strides
-        self.on_canvas = model.canvas_size > 0
-        self.padding_value = model.canvas_value
-        self.flip_colours = input_format == "BGR"
-        self.register_buffer("pixel_mean", model.pixel_mean)
-        self.register_buffer("pixel_std", model.pixel_std)
+        self.select, self.finish = Select(), Finish()
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -65,53 +56,19 @@ class Detector(nn.Module):
         Returns:
             [B, N, 4] boxes (xyxy in pixels of ``images``, clipped to the picture), [B, N] scores and [B, N] int64
             classes of the N best pairs of query and class, by falling score. A box that lies outside of its picture
-            has no area left.
+            has no area left, and the score 0.
         """
-        height, width = images.shape[2:]
-        rows = torch.arange(height, device=images.device) >= image_sizes[:, :1]  # [B, H], True in the padding
-        columns = torch.arange(width, device=images.device) >= image_sizes[:, 1:]  # [B, W]
-        padding = (rows[:, :, None] | columns[:, None]).unsqueeze(1)
-        limits = image_sizes.flip(1).repeat(1, 2).float().unsqueeze(1)  # [B, 1, 4] (w, h, w, h)
-        pixels = images.flip(1).float() if self.flip_colours else images.float()
-        if self.on_canvas:  # which counts as image throughout
-            pixels = (pixels.masked_fill(padding, self.padding_value) - self.pixel_mean) / self.pixel_std
-            rows, columns = torch.zeros_like(rows), torch.zeros_like(columns)
-            scale = torch.cat([limits.new_full((1,), size) for size in (width, height)]).repeat(2)
-        else:
-            pixels = ((pixels - self.pixel_mean) / self.pixel_std).masked_fill(padding, 0.0)
-            scale = limits
-
-        output = self.query_head.predict(self.query_head.encode(self.pyramid(pixels, rows, columns)))
-        logits, boxes = output.logits[-1], output.boxes[-1]
-        num_classes = logits.shape[2]
-        num_kept = min(self.query_head.max_detections, logits.shape[1] * num_classes)
-        scores, index = logits.sigmoid().flatten(1).topk(num_kept, dim=1)
-        queries = (index // num_classes).unsqueeze(-1).expand(-1, -1, 4)
-        boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, queries) * scale
-        return torch.minimum(boxes.clamp(min=0), limits), scores, index % num_classes
-
-    def pyramid(self, images: Tensor, rows: Tensor, columns: Tensor) -> FeaturePyramid:
-        """Normalised images and the padding of their rows [B, H] and columns [B, W] -> the neck's levels."""
-        features = self.backbone(images.contiguous(memory_format=map_layout(images.device)))
-        levels = [features[name] for name in self.in_features]
-        if self.neck is not None:
-            levels = self.neck(levels)
+        x, batch_shape, sizes = self.preprocess(images.permute(0, 2, 3, 1), image_sizes)
+        features = self.backbone(x.contiguous(memory_format=map_layout(x.device)))
+        levels = self.neck([features[name] for name in self.in_features])
         shapes = [tuple(x.shape[2:]) for x in levels]
-        geometry = MaskedGeometry(
-            shapes=shapes,
-            strides=self.strides,
-            image_sizes=[],  # this and the next two are for training and for anchors
-            batch_shape=tuple(images.shape[2:]),
-            padded_sizes=[],
-            row_padding=[resize_mask(rows, height) for height, _ in shapes],
-            column_padding=[resize_mask(columns, width) for _, width in shapes],
-        )
-        return FeaturePyramid(torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1), geometry)
-
-
-def resize_mask(mask: Tensor, size: int) -> Tensor:
-    """[B, N] bool -> [B, size] bool, nearest, as :class:`Geometry` does."""
-    return F.interpolate(mask.unsqueeze(1).float(), size=size).squeeze(1) > 0.5
+        geometry = TracedGeometry.of_levels(shapes, self.strides, sizes, batch_shape)
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1)
+        output = self.query_head.predict(self.query_head.encode(FeaturePyramid(tokens, geometry)))
+        logits, boxes = output.logits[-1], output.boxes[-1]
+        num_kept = min(self.query_head.max_detections, logits.shape[1] * logits.shape[2])
+        index = logits.flatten(1).topk(num_kept, dim=1).indices
+        return self.finish(*self.select(logits, boxes, index, sizes), image_sizes)
 
 
 class SameConv(nn.Module):
