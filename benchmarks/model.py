@@ -161,8 +161,6 @@ class Runner:
 
     def __init__(self, case: Case, against: list[str]):
         torch.set_num_threads(case.threads)
-        if case.device == "cpu":
-            keep_freed_memory()
         self.context = nullcontext()
         if HF in against:
             transformers_or_error()  # not a part of the model's memory
@@ -175,6 +173,8 @@ class Runner:
         self.batch = random_batch(case)
         self.memory = MemoryProbe(case.device)
         self.model = build_side(case, against)
+        if case.device == "cpu":
+            keep_freed_memory()  # from here on: exporting for a runtime takes much more than running
         self.backend = (
             None
             if HF in against or runtime_of(against)

@@ -111,19 +111,46 @@ FOR_EACH_INSTRUCTION_SET(KERNELS)
 
 // ---------------------------------------------------------------- forward
 
-// x weight^T + bias in float32 by oneDNN; nothing where PyTorch is built without it or told not to use it.
-std::optional<Tensor> onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  using Linear = Tensor(
+template <typename Function>
+std::optional<c10::TypedOperatorHandle<Function>> find_operator(const char* name) {
+  const auto schema = c10::Dispatcher::singleton().findSchema({name, ""});
+  return schema ? std::make_optional(schema->typed<Function>()) : std::nullopt;
+}
+
+// oneDNN's linear layer in float32, whose weight it lays out once for all parts.
+class OneDnnLinear {
+ public:
+  // Whether PyTorch is built with it, not told to do without it, and has such rows.
+  static bool is_for(const Tensor& x, const Tensor& weight) {
+    return layer() && layout() && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn() &&
+        x.scalar_type() == at::kFloat && x.numel() > 0 && weight.numel() > 0;
+  }
+
+  OneDnnLinear(const Tensor& weight, std::optional<Tensor> bias, int64_t rows)
+      : weight_(layout()->call(weight.contiguous(), rows)), bias_(std::move(bias)) {}
+
+  Tensor operator()(const Tensor& x) const {
+    return layer()->call(x.contiguous(), weight_, bias_, "none", c10::List<std::optional<at::Scalar>>(), "");
+  }
+
+ private:
+  using Layer = Tensor(
       const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
       c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
-  static const auto schema = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-  const bool is_there = schema && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn();
-  if (!is_there || x.scalar_type() != at::kFloat || x.numel() == 0 || weight.numel() == 0) {
-    return std::nullopt;
+  using Layout = Tensor(const Tensor&, std::optional<c10::SymInt>);
+
+  static const std::optional<c10::TypedOperatorHandle<Layer>>& layer() {
+    static const auto found = find_operator<Layer>("mkldnn::_linear_pointwise");
+    return found;
   }
-  static const auto linear = schema->typed<Linear>();
-  return linear.call(x.contiguous(), weight.contiguous(), bias, "none", c10::List<std::optional<at::Scalar>>(), "");
-}
+  static const std::optional<c10::TypedOperatorHandle<Layout>>& layout() {
+    static const auto found = find_operator<Layout>("mkldnn::_reorder_linear_weight");
+    return found;
+  }
+
+  Tensor weight_;
+  std::optional<Tensor> bias_;
+};
 
 // f(first row, one behind the last) for pieces of the rows, in parallel.
 template <typename F>
@@ -182,16 +209,20 @@ std::tuple<Tensor, Tensor> feed_forward(
   const Tensor bias = bias1.contiguous();
   Tensor output = at::empty({rows, weight2.size(0)}, x.options());
   Tensor hidden = at::empty({keep_hidden ? rows : 0, weight1.size(0)}, x.options());
+  // oneDNN cannot write to a tensor that is there, so what is kept is computed without it.
+  if (!keep_hidden && OneDnnLinear::is_for(x, weight1) && OneDnnLinear::is_for(x, weight2)) {
+    const OneDnnLinear first(weight1, std::nullopt, part), second(weight2, bias2, part);
+    for (int64_t row = 0; row < rows; row += part) {
+      const int64_t count = std::min(part, rows - row);
+      const Tensor hidden_part = first(x.narrow(0, row, count));
+      add_bias_relu<float>(hidden_part, bias);
+      output.narrow(0, row, count).copy_(second(hidden_part));
+    }
+    return {output, at::empty({0}, x.options())};
+  }
   for (int64_t row = 0; row < rows; row += part) {
     const int64_t count = std::min(part, rows - row);
     const Tensor x_part = x.narrow(0, row, count);
-    Tensor output_part = output.narrow(0, row, count);
-    // It cannot write to a tensor that is there, so what is kept is computed without it.
-    if (const auto computed = keep_hidden ? std::nullopt : onednn_linear(x_part, weight1, std::nullopt)) {
-      add_bias_relu<float>(*computed, bias);
-      output_part.copy_(*onednn_linear(*computed, weight2, bias2));
-      continue;
-    }
     if (hidden.size(0) == 0) {
       hidden = at::empty({count, weight1.size(0)}, x.options());
     }
@@ -209,6 +240,7 @@ std::tuple<Tensor, Tensor> feed_forward(
       default:
         TORCH_CHECK(false, "feed_forward: expected float32, float64 or bfloat16, got ", x.scalar_type());
     }
+    Tensor output_part = output.narrow(0, row, count);
     at::addmm_out(output_part, bias2, hidden_part, weight2.t());
   }
   return {output, keep_hidden ? hidden : at::empty({0}, x.options())};
