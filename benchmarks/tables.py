@@ -78,6 +78,14 @@ def speed() -> str:
         [result] = read(name)["results"]
         ours, theirs = (spread(x["seconds"])[0] for x in result["sides"].values())
         add(what, ours, f"{theirs}, transformers' Deformable DETR R50", f"{ratios(result)[0]:.1f}")
+    sides = read("runtimes")["results"][0]["sides"]
+    int8, alone, float32 = (sides[x]["median"] for x in ("int8", "openvino-int8", "ours"))
+    add(
+        "the same in int8, on two cores without AMX",
+        f"{int8:.2f} s",
+        f"{alone:.2f} s, OpenVINO alone with the same file; {float32:.2f} s, this project in float32",
+        f"{alone / int8:.1f}; {float32 / int8:.1f}",
+    )
     [result] = read("train")["results"]
     ours, theirs = (f"{spread(x['seconds'])[0]}, {memory(x)}" for x in result["sides"].values())
     plain = "the same model in plain PyTorch with one decoder pass for each head"
