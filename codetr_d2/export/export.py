@@ -84,7 +84,7 @@ def export_onnx(cfg: CfgNode, model: CoDETR, folder: Path, config_file: str, pos
     if postprocess == "soft-nms" and model.query_head.soft_nms_thresh == 0:
         raise InputError("--postprocess soft-nms: MODEL.CODETR.SOFT_NMS_THRESH is 0; set it, for instance to 0.8")
     graph = build_onnx_model(model, cfg.INPUT.FORMAT == "BGR", postprocess)
-    graph.metadata_props.update(metadata_of(cfg, _class_names(cfg), config_file))
+    graph.metadata_props.update(metadata_of(cfg, _class_names(cfg), config_file, postprocess))
     path = folder / "model.onnx"
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
     with named_disk_problems(str(folder)):

@@ -9,9 +9,10 @@ import torch
 from codetr_d2.export.openvino import ADVANCED, QUANTIZATION, write_openvino
 from codetr_d2.inference.openvino_session import MSDeformAttn, with_own_attention
 from codetr_d2.ops import ms_deform_attn
-from tests.exported_model import ONE_LAYER, export, lively
+from tests.exported_model import export, lively
 from tests.ops.common import needs_cpp
 from tests.small_model import build
+from tests.torch_program import SMALLEST
 
 INPUTS = {"images": np.random.default_rng(0).integers(256, size=(2, 131, 177, 3), dtype=np.uint8)}
 INPUTS["sizes"] = np.array([[131, 150], [96, 177]])
@@ -20,7 +21,7 @@ INPUTS["sizes"] = np.array([[131, 150], [96, 177]])
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    export(lively(build(*ONE_LAYER, aux_heads=())), folder / "model.onnx", postprocess="none")
+    export(lively(build(*SMALLEST, aux_heads=())), folder / "model.onnx", postprocess="none")
     return write_openvino(folder / "model.onnx", folder)
 
 
