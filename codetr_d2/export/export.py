@@ -2,12 +2,10 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -22,7 +20,7 @@ from ..modeling.meta_arch import CoDETR
 from .gate import average_precision, compare_on_pictures
 from .metadata import metadata_of
 from .parts import has_masks
-from .torch_program import compile_program, export_program, program_sizes, save_program
+from .torch_program import compile_program, export_program, program_session, program_sizes, save_program
 
 __all__ = [
     "check_exported",
@@ -141,29 +139,13 @@ def export_torch(
     with named_disk_problems(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
     save_program(program, files[0], metadata)
-    check_exported(cfg, model, files[0], pictures, _program_session(program.module(), sizes), sizes["size"])
+    check_exported(cfg, model, files[0], pictures, program_session(program.module(), sizes), sizes["size"])
     if is_compiled:
         files.append(folder / "model_compiled.pt2")
         compile_program(program, files[1], metadata)
         run = torch._inductor.aoti_load_package(str(files[1]))
-        check_exported(cfg, model, files[1], pictures, _program_session(run, sizes), sizes["size"])
+        check_exported(cfg, model, files[1], pictures, program_session(run, sizes), sizes["size"])
     return files
-
-
-def _program_session(program: Callable[[Tensor, Tensor], tuple[Tensor, ...]], sizes: dict) -> Session:
-    """A torch program as a :data:`Session`, which pads pictures to sizes that it takes."""
-
-    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        images = torch.from_numpy(inputs["images"]).permute(0, 3, 1, 2)
-        unit = sizes["multiple_of"]
-        height, width = sizes["size"] or (max(sizes["smallest"], -(-x // unit) * unit) for x in images.shape[2:])
-        images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
-        with torch.no_grad():
-            boxes, scores, classes = program(images, torch.from_numpy(inputs["sizes"]))
-        scores = scores.masked_fill((boxes[..., 2:] <= boxes[..., :2]).any(-1), 0)
-        return {"boxes": boxes.numpy(), "scores": scores.numpy(), "classes": classes.numpy()}
-
-    return run
 
 
 def check_exported(

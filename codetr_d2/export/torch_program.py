@@ -9,8 +9,10 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import SwinTransformer
@@ -19,11 +21,20 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..errors import InputError, named_disk_problems
+from ..inference.exported import Session
 from ..modeling.meta_arch import CoDETR, map_layout
 from ..modeling.pyramid import FeaturePyramid
 from .parts import Finish, Neck, Preprocess, Select, TracedGeometry
 
-__all__ = ["METADATA", "Detector", "compile_program", "export_program", "program_sizes", "save_program"]
+__all__ = [
+    "METADATA",
+    "Detector",
+    "compile_program",
+    "export_program",
+    "program_session",
+    "program_sizes",
+    "save_program",
+]
 
 METADATA = "codetr_d2.json"  # the name of what a program says of itself, inside its file
 
@@ -186,6 +197,23 @@ def export_program(model: CoDETR, input_format: str, size: tuple[int, int] | Non
             if size is None:
                 raise needs_size from error
             raise
+
+
+def program_session(program: Callable[[Tensor, Tensor], tuple[Tensor, ...]], sizes: dict) -> Session:
+    """A torch program as a :data:`Session`, which pads pictures to sizes that it takes, see :func:`program_sizes`."""
+
+    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        images = torch.from_numpy(inputs["images"]).permute(0, 3, 1, 2)
+        unit = sizes["multiple_of"]
+        height, width = sizes["size"] or (max(sizes["smallest"], -(-x // unit) * unit) for x in images.shape[2:])
+        # Contiguous: compiled code reads memory as the exported inputs lay in it, and asks nothing.
+        images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2])).contiguous()
+        with torch.no_grad():
+            boxes, scores, classes = program(images, torch.from_numpy(inputs["sizes"]))
+        scores = scores.masked_fill((boxes[..., 2:] <= boxes[..., :2]).any(-1), 0)
+        return {"boxes": boxes.numpy(), "scores": scores.numpy(), "classes": classes.numpy()}
+
+    return run
 
 
 def save_program(program: ExportedProgram, path: str | Path, metadata: dict) -> None:
