@@ -17,6 +17,7 @@ from ..errors import InputError, named_disk_problems
 from ..inference import Predictor, find_media
 from ..inference.exported import ExportedDetector, Session, load_session
 from ..modeling.meta_arch import CoDETR
+from ..modeling.query_heads import TwoStageQueryHead
 from .gate import average_precision, compare_on_pictures
 from .metadata import metadata_of
 from .parts import has_masks
@@ -173,7 +174,9 @@ def check_exported(
     Raises:
         InputError: they differ by more than may be.
     """
-    session = session or load_session(str(file), own_attention=False)
+    if session is None:
+        is_two_stage = isinstance(model.query_head, TwoStageQueryHead)
+        session = load_session(str(file), own_attention=False, tells_proposals=is_two_stage)
     exported = ExportedDetector(str(file), cfg.INPUT.FORMAT, session)
     print(f"{file} against PyTorch:")
     batches = _batches(cfg, _pictures(cfg, pictures))

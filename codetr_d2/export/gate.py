@@ -1,7 +1,8 @@
 """Whether an exported file finds what the model finds: the same detections, the same AP."""
 
+import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from ..data import CoDETRDatasetMapper, load_datasets
 from ..data.loader import build_test_loader
 from ..evaluation import DetectionEvaluator
+from ..modeling.query_heads import TwoStageQueryHead
+from ..modeling.structures import EncoderProposals
 
 __all__ = ["Difference", "average_precision", "compare_detections", "compare_on_pictures"]
 
@@ -82,6 +85,53 @@ def compare_detections(one: Instances, other: Instances) -> Difference:
     return difference
 
 
+@dataclass
+class _Choice:
+    """How the proposals that became queries differ from those that the model would choose.
+
+    Attributes:
+        number: of places in the order with another token.
+        score: the largest difference between the logits at a place.
+    """
+
+    number: int = 0
+    score: float = 0.0
+
+    def __str__(self) -> str:
+        if not self.number:
+            return ""
+        return f"; {self.number} proposals were chosen otherwise, whose logits differ by at most {self.score:.2g}"
+
+
+@contextlib.contextmanager
+def _same_proposals(model: nn.Module, index: np.ndarray | None) -> Iterator[_Choice]:
+    """Let a two-stage model take the tokens ``index`` [B, Q] for its queries, and say how its own choice differs.
+
+    Of two tokens whose scores are equal but for rounding, either may come first, and the queries of both are others
+    then: the content of a query depends on its place.
+    """
+    choice = _Choice()
+    head = getattr(model, "query_head", None)
+    if index is None or not isinstance(head, TwoStageQueryHead):
+        yield choice
+        return
+
+    def best_proposals(proposals: EncoderProposals) -> Tensor:
+        given = torch.from_numpy(index)
+        scores = head.proposal_scores(proposals)
+        best, own = scores.topk(given.shape[1], dim=1)
+        given_scores = scores.gather(1, given)
+        choice.number = int((own != given).sum())
+        choice.score = float(torch.where(best == given_scores, 0.0, (best - given_scores).abs()).max())
+        return given
+
+    head.best_proposals = best_proposals  # of this object alone
+    try:
+        yield choice
+    finally:
+        del head.best_proposals
+
+
 @torch.no_grad()
 def compare_on_pictures(model: nn.Module, exported: nn.Module, batches: Iterable[Sequence[Tensor]]) -> list[str]:
     """Compare on batches of pictures [C, H, W], with values 0 to 255, and print a line for each.
@@ -92,14 +142,17 @@ def compare_on_pictures(model: nn.Module, exported: nn.Module, batches: Iterable
     problems, number = [], 0
     for images in batches:
         inputs = [{"image": image} for image in images]
+        found = exported(inputs)
+        with _same_proposals(model, getattr(exported, "proposals", None)) as choice:
+            expected = model(inputs)
         difference = Difference()
-        for one, other in zip(model(inputs), exported(inputs)):
+        for one, other in zip(expected, found):
             difference.add(compare_detections(one["instances"], other["instances"]))
         sizes = " and ".join(f"{image.shape[-1]} x {image.shape[-2]}" for image in images)
-        print(f"  {sizes}: {difference}", flush=True)
+        print(f"  {sizes}: {difference}{choice}", flush=True)
         number += difference.number
-        if difference.missing:
-            problems.append(f"pictures of {sizes}: {difference}")
+        if difference.missing or choice.score > MAX_SCORE:
+            problems.append(f"pictures of {sizes}: {difference}{choice}")
     if not number:
         problems.append("nothing was detected in any picture, so that nothing was compared: give others by --pictures")
     return problems

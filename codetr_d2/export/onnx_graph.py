@@ -11,6 +11,7 @@ from onnx_ir import tape
 from torch import Tensor, nn
 from torch.export import Dim
 
+from ..inference.exported import PROPOSALS
 from ..modeling.meta_arch import CoDETR
 from ..modeling.query_heads import TwoStageQueryHead
 from .backbones import backbone_stages
@@ -236,6 +237,7 @@ def build_onnx_model(model: CoDETR, reverse_channels: bool, postprocess: str = "
         scores, embeddings, prior_logits, *others = others
         _, *example_proposals = example_others[:3]
         index = graph.top(scores, head.num_queries)
+        index.name = PROPOSALS
         args += [torch.zeros(2, 7, dtype=torch.int64), *example_proposals]
         arg_shapes += [{0: batch, 1: Dim("queries", min=1, max=head.num_queries)}, tokens, tokens]
         values += [index, embeddings, prior_logits]

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import tempfile
 from collections.abc import Callable
 from types import ModuleType
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..ops.library import library_is_loaded
 
-__all__ = ["ExportedDetector", "Session", "is_exported", "load_session", "optional", "session_of"]
+__all__ = ["PROPOSALS", "ExportedDetector", "Session", "is_exported", "load_session", "optional", "session_of"]
+
+PROPOSALS = "proposals"  # the name inside a file of the tokens that become queries, [B, Q] int64, by falling score
 
 # Pictures by name -> what the graph makes of them.
 Session = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -40,7 +43,7 @@ def optional(package: str) -> ModuleType:
         ) from error
 
 
-def load_session(file: str, own_attention: bool = True) -> Session:
+def load_session(file: str, own_attention: bool = True, tells_proposals: bool = False) -> Session:
     """Load an exported file into its runtime: ONNX Runtime for ``.onnx``, OpenVINO for ``.xml``, on the CPU.
 
     Arithmetic that the file keeps in float32 is done in float32, whatever the processor prefers.
@@ -49,6 +52,7 @@ def load_session(file: str, own_attention: bool = True) -> Session:
         file: what tools/export.py wrote.
         own_attention: let OpenVINO call this project's deformable attention, which is faster than its own operators,
             where the project's compiled library is loaded.
+        tells_proposals: give the value ``PROPOSALS`` too, of files of two-stage detectors.
 
     Raises:
         InputError: the file is missing or damaged, or the runtime is not installed.
@@ -56,7 +60,9 @@ def load_session(file: str, own_attention: bool = True) -> Session:
     if not os.path.isfile(file):
         raise InputError(f"{file} does not exist. tools/export.py writes such files.")
     try:
-        return _onnx_session(file) if file.endswith(".onnx") else _openvino_session(file, own_attention)
+        if file.endswith(".onnx"):
+            return _onnx_session(file, tells_proposals)
+        return _openvino_session(file, own_attention, tells_proposals)
     except InputError:
         raise
     except Exception as error:  # whatever the runtime raises
@@ -64,16 +70,24 @@ def load_session(file: str, own_attention: bool = True) -> Session:
         raise InputError(f"{file} can't be loaded: {line}. Export the model again.") from error
 
 
-def _onnx_session(file: str) -> Session:
+def _onnx_session(file: str, tells_proposals: bool) -> Session:
     runtime = optional("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    if not tells_proposals:
+        session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    else:  # only a file's outputs can be had; large weights are found beside it
+        onnx = optional("onnx")
+        model = onnx.load(file, load_external_data=False)
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(PROPOSALS))
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(os.path.abspath(file)), suffix=".onnx") as changed:
+            onnx.save(model, changed.name)
+            session = runtime.InferenceSession(changed.name, options, providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_outputs()]
     return lambda inputs: dict(zip(names, session.run(names, inputs)))
 
 
-def _openvino_session(file: str, own_attention: bool) -> Session:
+def _openvino_session(file: str, own_attention: bool, tells_proposals: bool) -> Session:
     openvino = optional("openvino")
     core = openvino.Core()
     options = {
@@ -82,6 +96,8 @@ def _openvino_session(file: str, own_attention: bool) -> Session:
         "PERFORMANCE_HINT": "LATENCY",
     }
     model = core.read_model(file)
+    if tells_proposals:
+        model.add_outputs(PROPOSALS)
     if own_attention and library_is_loaded():
         from .openvino_session import with_own_attention
 
@@ -108,6 +124,9 @@ class ExportedDetector(nn.Module):
         input_format: of the images, ``INPUT.FORMAT``; the file reads RGB.
         session: what runs the file; by default :func:`load_session`.
 
+    Attributes:
+        proposals: the value ``PROPOSALS`` of the last batch, if the session tells it; or None.
+
     Raises:
         InputError: see :func:`load_session`; the file has no detections.
     """
@@ -117,11 +136,13 @@ class ExportedDetector(nn.Module):
         self.session = session or load_session(file)
         self.input_format = input_format
         self.file = file
+        self.proposals: np.ndarray | None = None
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         images = [x["image"] for x in batched_inputs]
         sizes = [tuple(image.shape[-2:]) for image in images]
         found = self.session(self.pack(images))
+        self.proposals = found.pop(PROPOSALS, None)
         if "scores" not in found:
             raise InputError(f"{self.file} has no detections: export it without --postprocess none")
         results = []

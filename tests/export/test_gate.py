@@ -1,10 +1,14 @@
 """Comparing detections: what is alike, what is missed."""
 
+from unittest import mock
+
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
 from codetr_d2.export.gate import compare_detections, compare_on_pictures
+from tests.exported_model import lively
+from tests.small_model import build
 
 
 def detections(boxes, scores, classes, masks=None):
@@ -82,3 +86,28 @@ def test_a_batch_that_differs_is_named(capsys):
     problems = compare_on_pictures(Detector(0.5), Detector(0.6), batches)
     assert len(problems) == 1 and "40 x 20 and 30 x 25" in problems[0] and "4 without their like" in problems[0]
     assert "30 x 20: 6 detections, 0 without" in capsys.readouterr().out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_best", [True, False])
+def test_proposals_may_be_others_of_the_same_score(is_best):
+    """The model is asked for the queries that the file has chosen, and its scores whether they are as good."""
+    model = lively(build("MODEL.CODETR.QUERY_HEAD", "CoDINOHead", "MODEL.CODETR.NUM_QUERIES", 5, aux_heads=()))
+    head, picture = model.query_head, torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(0)) * 255
+    memory = model.encode(model.features(model.preprocess([{"image": picture}])))
+    scores = head.proposal_scores(head.proposals(memory))
+    chosen = (scores if is_best else -scores).topk(5).indices
+
+    class Exported(torch.nn.Module):
+        proposals = chosen.numpy()
+
+        def forward(self, inputs):
+            with mock.patch.object(head, "best_proposals", lambda _: chosen):
+                return model(inputs)
+
+    problems = compare_on_pictures(model, Exported(), [[picture]])
+    if is_best:
+        assert problems == []
+    else:
+        assert ", 0 without their like" in problems[0] and "5 proposals were chosen otherwise" in problems[0]
+    assert torch.equal(head.best_proposals(head.proposals(memory)), scores.topk(5).indices)
