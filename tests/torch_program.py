@@ -45,6 +45,7 @@ def detections(model, images, image_sizes, input_format):
     return tuple(map(torch.stack, parts))
 
 
+@torch.no_grad()
 def assert_same(output, expected):
     """The same detections, in the same order but for those whose scores are equal but for rounding."""
     torch.testing.assert_close(output[1], expected[1], rtol=0, atol=1e-6)
