@@ -210,7 +210,6 @@ def program_session(program: Callable[[Tensor, Tensor], tuple[Tensor, ...]], siz
         images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2])).contiguous()
         with torch.no_grad():
             boxes, scores, classes = program(images, torch.from_numpy(inputs["sizes"]))
-        scores = scores.masked_fill((boxes[..., 2:] <= boxes[..., :2]).any(-1), 0)
         return {"boxes": boxes.numpy(), "scores": scores.numpy(), "classes": classes.numpy()}
 
     return run
